@@ -1,0 +1,68 @@
+"""The backend that `torch.compile(model, backend="fastft")` calls.
+
+    Dynamo's graph -> passes (stage 1, 2) -> compile_fx [-> partitioner (3) -> post-grad passes (4, 5)] -> Inductor (6)
+
+Rewriting happens here, before `compile_fx`: an op brings its own backward, the compile cache sees the rewritten graph,
+and the report exists on a warm start too.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fastft import _torch, passes, report
+from fastft.hooks import Partitioner, PassManager
+from fastft.options import Options
+from fastft.runner import copy_graph, run_passes, warn_dropped
+
+
+def fastft(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Rewrites and compiles one graph.
+
+    Args:
+        gm, example_inputs: as Dynamo hands them to a backend.
+        mode: an Inductor mode ("default", "reduce-overhead", "max-autotune", ...), passed on.
+        options: see `fastft.options.Options`.
+    Raises:
+        ValueError: an unknown option, pass, mode or setting; the message names the nearest valid one.
+    """
+    checked = Options.parse(options, mode, passes.NAMES)
+    start = time.perf_counter()
+    original = copy_graph(gm)
+    without: list[str] = []
+    dropped: list[tuple[str, str]] = []
+    while True:
+        row = report.Report(dropped=list(dropped))
+        rewritten = run_passes(gm, passes.STAGE_1, checked, row, without)
+        try:
+            compiled = _compile(rewritten, example_inputs, checked)
+            break
+        except Exception as error:
+            # A lowering or a fake of ours may be what failed: take back the last rewrite that did something.
+            applied = [rewrite.pass_name for rewrite in row.rewrites]
+            if checked.strict or not applied:
+                raise
+            without.append(applied[-1])
+            dropped.append((applied[-1], warn_dropped(f"rewrite {applied[-1]}", error)))
+            gm = copy_graph(original)
+    row.compile_seconds = time.perf_counter() - start
+    report.record(row)
+    return compiled
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    patches = dict(options.inductor)
+    patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options)
+    patches["custom_partitioner_fn"] = Partitioner(options)
+    # The backward is lowered now rather than at the first backward call: an error in it can still be answered here.
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+        return _torch.compile_fx(gm, list(example_inputs), config_patches=patches)

@@ -1,0 +1,77 @@
+"""The objects fastft hands to Inductor: one for each hook, with a uuid over the version, all sources and the options.
+
+PyTorch's caches do not notice a changed pass, a changed lowering or a changed backward by themselves (pytorch issue
+144344): the uuid makes them miss.
+"""
+
+import functools
+import hashlib
+import pathlib
+from collections.abc import Callable
+
+import torch
+from torch.fx import Graph, GraphModule
+
+import fastft
+from fastft import _torch
+from fastft.options import Options
+from fastft.runner import warn_dropped
+
+
+@functools.cache
+def source_hash() -> str:
+    """SHA-256 over the version and every Python source of fastft, its passes and its kernels."""
+    import fastft.kernels
+    import fastft.passes
+
+    digest = hashlib.sha256(fastft.__version__.encode())
+    for package in (fastft, fastft.passes, fastft.kernels):
+        folder = pathlib.Path(package.__file__).parent
+        for file in sorted(folder.glob("*.py")):
+            digest.update(f"{package.__name__}/{file.name}".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def uuid(options: Options) -> str:
+    return f"fastft-{source_hash()}-{options!r}"
+
+
+class PassManager(_torch.CustomGraphPass):
+    """Stages 4 and 5: fastft's passes on Inductor's forward and backward graphs."""
+
+    def __init__(self, passes: list[Callable[[Graph], int]], options: Options) -> None:
+        self.passes = [run for run in passes if run.__name__ not in options.disable]
+        self.options = options
+
+    def __call__(self, graph: Graph) -> None:
+        for run in self.passes:
+            try:
+                run(graph)
+                graph.lint()
+            except Exception as error:
+                if self.options.strict:
+                    raise
+                warn_dropped(f"pass {run.__name__}", error)
+
+    def uuid(self) -> str:
+        return uuid(self.options)
+
+
+class Partitioner(_torch.CustomPartitionerFn):
+    """Stage 3: where the memory planner tags what is saved, recomputed or offloaded, before PyTorch's min-cut.
+
+    Today it tags one thing: seeds of dropout masks are saved, never drawn again, also inside checkpointed regions.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, gm: GraphModule, joint_inputs, **kwargs) -> tuple[GraphModule, GraphModule]:
+        for node in gm.graph.nodes:
+            if node.target in (torch.ops.aten.randint.low, torch.ops.prims.inductor_randint.default):
+                node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+        return _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> str:
+        return uuid(self.options)

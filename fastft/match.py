@@ -1,0 +1,169 @@
+"""Small predicates to walk Dynamo's torch-level graph: casts, views, scalars, module paths, source lines."""
+
+import operator
+import re
+from collections.abc import Iterator
+
+import torch
+from torch.fx import GraphModule, Node
+
+LINEAR = {torch._C._nn.linear, torch.nn.functional.linear}
+VIEWS = {"view", "reshape", "flatten", "contiguous", "unflatten"}
+_CAST_METHODS = {"float": torch.float32, "half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+_MUTATING_FUNCTIONS = {
+    operator.setitem,
+    operator.iadd,
+    operator.imul,
+    operator.isub,
+    operator.itruediv,
+    operator.delitem,
+}
+# Changes the meaning of what stands between two of them: a group never spans one.
+_STATE_CHANGES = {
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+    "set_stream",
+}
+
+
+def value(node: Node) -> torch.Tensor:
+    """The fake tensor that Dynamo recorded for a node (None for what is not a tensor)."""
+    return node.meta.get("example_value")
+
+
+def dtype(node: Node) -> torch.dtype | None:
+    example = value(node)
+    return example.dtype if isinstance(example, torch.Tensor) else None
+
+
+def is_function(node: object, *targets: object) -> bool:
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def is_method(node: object, *names: str) -> bool:
+    return isinstance(node, Node) and node.op == "call_method" and node.target in names
+
+
+def is_linear(node: object) -> bool:
+    """True for `linear(x, weight[, bias])` with a 2-D weight."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in LINEAR
+
+
+def linear_args(node: Node) -> tuple[Node, Node, Node | None]:
+    """`(x, weight, bias or None)` of a linear call, whatever was passed by keyword."""
+    names = ("input", "weight", "bias")
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return given["input"], given["weight"], given.get("bias")
+
+
+def is_cast(node: object) -> bool:
+    """True where a node changes at most the dtype: `.to(dtype)`, `.to(other)`, `.float()`, `.type(dtype)`, ..."""
+    if not isinstance(node, Node) or node.op != "call_method" or not node.args:
+        return False
+    if node.target not in ("to", "type", "type_as", *_CAST_METHODS):
+        return False
+    source, result = value(node.args[0]), value(node)
+    return isinstance(source, torch.Tensor) and isinstance(result, torch.Tensor) and source.device == result.device
+
+
+def strip_casts(node: Node) -> Node:
+    while is_cast(node):
+        node = node.args[0]
+    return node
+
+
+def strip_views(node: Node) -> Node:
+    """The node under reshapes that keep the last dimension, and under casts."""
+    while True:
+        inner = strip_casts(node)
+        if is_method(inner, *VIEWS) and value(inner).shape[-1:] == value(inner.args[0]).shape[-1:]:
+            inner = inner.args[0]
+        if inner is node:
+            return node
+        node = inner
+
+
+def is_mutating(node: Node) -> bool:
+    """True for a call that may write into one of its arguments."""
+    if node.op == "call_method":
+        return node.target.endswith("_") and not node.target.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _MUTATING_FUNCTIONS or node.kwargs.get("out") is not None:
+        return True
+    name = getattr(node.target, "__name__", "")
+    return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
+
+
+def changes_state(node: Node) -> bool:
+    """True for `_set_grad_enabled`, autocast entries and the like."""
+    return node.op == "call_function" and getattr(node.target, "__name__", "") in _STATE_CHANGES
+
+
+_HIGHER_ORDER_BODIES = {
+    "tag_activation_checkpoint",
+    "wrap_activation_checkpoint",
+    "invoke_subgraph",
+    "wrap",
+    "wrap_with_set_grad_enabled",
+}
+
+
+def graph_modules(gm: GraphModule) -> Iterator[GraphModule]:
+    """`gm` and the bodies of its checkpoints and regions, each once, outermost first."""
+    yield gm
+    seen: set[int] = set()
+    for node in gm.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _HIGHER_ORDER_BODIES:
+            continue
+        for arg in node.args:
+            if isinstance(arg, Node) and arg.op == "get_attr":
+                body = getattr(gm, arg.target, None)
+                if isinstance(body, GraphModule) and id(body) not in seen:
+                    seen.add(id(body))
+                    yield from graph_modules(body)
+
+
+def module_path(node: Node) -> str:
+    """The path of the module a node was called in, as `named_modules()` of the base model gives it.
+
+    Dynamo writes `L['self']._modules['layers']._modules['0']` or `L['self'].layers[0]`; peft's wrapper
+    (`base_model.model.`) and its inner layers (`.base_layer`, `.lora_A.default`) are cut off.
+    """
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    path = re.sub(r"^L\['[^']*'\]", "", path)
+    path = path.replace(".__dict__['_modules']", "").replace("._modules", "")
+    path = re.sub(r"\['?([^\]']*)'?\]", r".\1", path).lstrip(".")
+    path = path.removeprefix("base_model.model.").removeprefix("_orig_mod.")
+    return re.sub(r"\.(base_layer|lora_[A-Za-z_]+|get_base_layer\(\))(\..*)?$", "", path)
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source_line(node: Node) -> str:
+    """`file:line` of the innermost frame of the model's own code (not torch's or peft's)."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if "/torch/" not in frame[0] and "/peft/" not in frame[0]]
+    if not (own or frames):
+        return ""
+    file, line = (own or frames)[-1]
+    return f"{file.rpartition('/site-packages/')[2]}:{line}"
+
+
+def erase_dead(node: Node) -> None:
+    """Erases a node that nothing reads, and then those of its inputs that only it read. Writes are never erased."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if node.users or node.op not in ("call_function", "call_method", "get_attr") or is_mutating(node):
+            continue
+        inputs = node.all_input_nodes
+        node.graph.erase_node(node)
+        pending += [item for item in inputs if not item._erased]

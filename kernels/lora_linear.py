@@ -1,0 +1,211 @@
+"""`fastft::lora_linear`: sibling linears on one input, each with its low-rank adapters (LoRA, arXiv 2106.09685).
+
+    y_i = x W_i^T + b_i + sum_j scaling_j * (dropout_j(x) A_j^T) B_j^T      for every adapter j that linear i owns
+
+    forward     s  = x [A_0; A_1; ...]^T                  one skinny GEMM for the group
+                y_i = s_i (scaling B_i)^T + b_i ; y_i += x W_i^T                    (added inside the GEMM)
+    backward    dS_i = dY_i (scaling B_i) ; dB_i = scaling dY_i^T s_i               (one read of dY_i where a kernel serves)
+                dA = dS^T x                               one GEMM for the group
+                dX = dS [A_0; A_1; ...] ; dX += dY_i W_i  (added inside the GEMMs)
+    saves       x and s
+
+The op decomposes into ATen while AOTAutograd traces: the joint graph holds plain `mm`s (and `accumulate_mm`), so the
+partitioner and Inductor see through it, and nothing is saved that the unrewritten model would not save.
+
+Arithmetic runs in the dtype of the base linear (x's, or autocast's); adapters kept in float32 are cast to it once, and
+their gradients come back in float32. float32 bases stay float32.
+"""
+
+import dataclasses
+import itertools
+
+import torch
+from torch import Tensor
+
+from fastft.kernels import dropout as masks
+from fastft.kernels.accumulate import LIBRARY, accumulate_mm
+from fastft.kernels.lora_grads import lora_grads
+from fastft.kernels.lora_grads import provider as lora_grads_provider
+
+LIBRARY.define(
+    "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_biases, "
+    "int[] owner, float[] scaling, float[] dropout, Tensor? seeds, str forward, str backward) -> Tensor[]"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What of a call is not a tensor. `owner[j]` is the linear that adapter j belongs to (ascending)."""
+
+    linears: int
+    owner: tuple[int, ...]
+    scaling: tuple[float, ...]
+    dropout: tuple[float, ...]
+    forward: str
+    backward: str
+    dtype: torch.dtype
+
+    @property
+    def adapters(self) -> int:
+        return len(self.owner)
+
+    def owned(self, linear: int) -> list[int]:
+        return [j for j, owner in enumerate(self.owner) if owner == linear]
+
+
+def lora_linear(
+    x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, dropout, seeds, forward, backward
+) -> list[Tensor]:
+    """See the module's docstring.
+
+    Args:
+        x: [..., K]. weights: [N_i, K]. biases: [N_i] or None.
+        lora_a: [r_j, K]. lora_b: [N_owner(j), r_j]. lora_biases: [N_owner(j)] or None.
+        owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
+        seeds: int32 [ceil(adapters / 2)] where a dropout is not 0, else None.
+        forward: "accumulate" or "plain". backward: "one_read" or "mm". The providers.
+    Returns:
+        [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast and x.is_floating_point() else x.dtype
+    spec = Spec(len(weights), tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype)
+    with torch.autocast(device, enabled=False):
+        outputs = _LoraLinear.apply(
+            spec, seeds, x.reshape(-1, x.shape[-1]), *weights, *biases, *lora_a, *lora_b, *lora_biases
+        )
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+LIBRARY.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")
+op = torch.ops.fastft.lora_linear.default
+
+
+def _split(spec: Spec, tensors) -> list[tuple]:
+    """weights, biases, lora_a, lora_b, lora_biases"""
+    sizes = (spec.linears, spec.linears, spec.adapters, spec.adapters, spec.adapters)
+    ends = list(itertools.accumulate(sizes))
+    return [tuple(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _columns(spec: Spec, lora_a) -> list[tuple[int, int]]:
+    """Where each linear's adapters stand among the columns of s."""
+    ends = list(itertools.accumulate(a.shape[0] for a in lora_a))
+    starts = [0, *ends[:-1]]
+    return [(starts[owned[0]], ends[owned[-1]]) for owned in map(spec.owned, range(spec.linears))]
+
+
+def _scaled_b(spec: Spec, lora_b, linear: int) -> Tensor:
+    """[N, sum r]: the linear's B matrices side by side, times their scaling, in the dtype of the arithmetic."""
+    parts = [(lora_b[j] * spec.scaling[j]).to(spec.dtype) for j in spec.owned(linear)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _dropped(spec: Spec, seeds: Tensor, x: Tensor, adapter: int) -> Tensor:
+    p = spec.dropout[adapter]
+    if p == 0:
+        return x
+    keep = masks.keep_mask(seeds, adapter, p, x.shape[0], x.shape[1], x.device)
+    return torch.where(keep, x * masks.scale(p), 0.0).to(x.dtype)
+
+
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`: straight from the float32 accumulator where the device can."""
+    if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, spec: Spec, seeds, x, *tensors):
+        weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
+        ctx.x_dtype = x.dtype
+        x = x.to(spec.dtype)
+        if any(spec.dropout):
+            s = [_dropped(spec, seeds, x, j) @ a.to(spec.dtype).t() for j, a in enumerate(lora_a)]
+            s = torch.cat(s, 1) if len(s) > 1 else s[0]
+        else:
+            s = x @ _stack(lora_a, spec.dtype).t()
+        outputs = []
+        for i, (start, end) in enumerate(_columns(spec, lora_a)):
+            b = _scaled_b(spec, lora_b, i).t()
+            bias = None if biases[i] is None else biases[i].to(spec.dtype)
+            for j in spec.owned(i):
+                if lora_biases[j] is not None:
+                    more = (lora_biases[j] * spec.scaling[j]).to(spec.dtype)
+                    bias = more if bias is None else bias + more
+            low_rank = s[:, start:end] @ b if bias is None else torch.addmm(bias, s[:, start:end], b)
+            w = weights[i].to(spec.dtype).t()
+            outputs.append(accumulate_mm(low_rank, x, w) if spec.forward == "accumulate" else x @ w + low_rank)
+        ctx.spec = spec
+        ctx.save_for_backward(x, s, seeds, *tensors)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        spec = ctx.spec
+        with torch.autocast(grads[0].device.type, enabled=False):
+            dx, *rest = _backward(spec, ctx.needs_input_grad[2:], ctx.saved_tensors, grads)
+        return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
+
+
+def _stack(lora_a, dtype: torch.dtype) -> Tensor:
+    parts = [a.to(dtype) for a in lora_a]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _backward(spec: Spec, needs, saved, dy):
+    x, s, seeds, *tensors = saved
+    weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
+    needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], _split(spec, needs[1:])
+    d_weights, d_biases = [None] * spec.linears, [None] * spec.linears
+    d_a, d_b, d_lora_biases = ([None] * spec.adapters for _ in range(3))
+    ds = [None] * spec.adapters
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    for i, (start, end) in enumerate(_columns(spec, lora_a)):
+        owned = spec.owned(i)
+        scaled_b = _scaled_b(spec, lora_b, i)
+        ranks = [lora_a[j].shape[0] for j in owned]
+        if spec.backward == "one_read" and any(need_b[j] for j in owned):
+            ds_i, db_i = lora_grads(dy[i], s[:, start:end], scaled_b)
+        else:
+            ds_i = dy[i] @ scaled_b
+            db_i = _mm(dy[i].t(), s[:, start:end], wide) if any(need_b[j] for j in owned) else None
+        for j, part in zip(owned, ds_i.split(ranks, 1), strict=True):
+            ds[j] = part
+        if db_i is not None:
+            for j, part in zip(owned, db_i.split(ranks, 1), strict=True):
+                d_b[j] = (part * spec.scaling[j]).to(lora_b[j].dtype) if need_b[j] else None
+        if need_w[i]:
+            d_weights[i] = _mm(dy[i].t(), x, weights[i].dtype)
+        if need_bias[i] or any(need_lora_bias[j] for j in owned):
+            total = dy[i].sum(0, dtype=wide)
+            d_biases[i] = total.to(biases[i].dtype) if need_bias[i] else None
+            for j in owned:
+                if need_lora_bias[j]:
+                    d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
+    dx = None
+    if any(spec.dropout):
+        for j, a in enumerate(lora_a):
+            if need_a[j]:
+                d_a[j] = _mm(ds[j].t(), _dropped(spec, seeds, x, j), a.dtype)
+            if needs_x:
+                part = _dropped(spec, seeds, ds[j] @ a.to(spec.dtype), j)
+                dx = part if dx is None else dx + part
+    else:
+        ds_all = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
+        if any(need_a):
+            parts = _mm(ds_all.t(), x, wide).split([a.shape[0] for a in lora_a])
+            d_a = [part.to(a.dtype) if need else None for part, a, need in zip(parts, lora_a, need_a, strict=True)]
+        dx = ds_all @ _stack(lora_a, spec.dtype) if needs_x else None
+    if needs_x:
+        for i, w in enumerate(weights):
+            dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))
+    return (dx, *d_weights, *d_biases, *d_a, *d_b, *d_lora_biases)
+
+
+def choose(x: Tensor, ranks: list[int]) -> tuple[str, str]:
+    """The providers `(forward, backward)` for a group on input `x` (a fake tensor) with adapters of these ranks."""
+    return "accumulate", lora_grads_provider(x.device, x.dtype, ranks)

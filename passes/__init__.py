@@ -1,0 +1,21 @@
+"""The ordered passes. A pass is a function of its file's name; the runner (fastft/runner.py) does the rest.
+
+Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bodies of checkpoints and regions in it:
+"""
+
+from fastft.passes.accumulate_inplace import accumulate_inplace
+from fastft.passes.lora_linear import lora_linear
+from fastft.passes.normalize import normalize
+
+STAGE_1 = [
+    normalize,  # one spelling for each operation
+    lora_linear,  # sibling linears with adapters -> fastft::lora_linear
+]
+
+# Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):
+POST_GRAD = [
+    accumulate_inplace,  # fastft::accumulate_mm -> aten.addmm_ where the summand dies there
+]
+
+# What `options={"disable": [...]}` may name.
+NAMES = tuple(run.__name__ for run in (*STAGE_1, *POST_GRAD))

@@ -1,0 +1,49 @@
+"""accumulate_inplace: the GEMM adds into its summand's buffer where that dies there.
+
+    before   z = mm(s, B)                        after   z = mm(s, B)
+             y = fastft::accumulate_mm(z, x, W)          aten.addmm_(z, x, W)
+             ... y ...                                   ... z ...
+
+Taken: z is the fresh result of a GEMM, of an operation Inductor generates, or of another accumulation, and nothing else
+reads it. Left: graph inputs, views, and z with another user; there `accumulate_mm` copies z first.
+
+Runs after Inductor's own patterns: they do not match across a mutation.
+"""
+
+import operator
+
+import torch
+from torch.fx import Graph, Node
+
+from fastft.kernels.accumulate import accumulate_mm
+
+aten = torch.ops.aten
+_FRESH = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.mm.dtype,
+    aten.add.Tensor,
+    aten.where.self,
+    aten.mul.Tensor,
+    accumulate_mm,
+}
+
+
+def accumulate_inplace(graph: Graph) -> int:
+    changed = 0
+    written: set[Node] = set()
+    for node in list(graph.nodes):
+        if node.target is not accumulate_mm:
+            continue
+        summand, a, b = node.args
+        live = [user for user in summand.users if user is not node and user not in written]
+        if live or not isinstance(summand, Node) or summand.target not in _FRESH or summand.target is operator.getitem:
+            continue
+        with graph.inserting_before(node):
+            write = graph.call_function(aten.addmm_.default, (summand, a, b))
+        write.meta = dict(node.meta)
+        written.add(write)
+        node.replace_all_uses_with(summand)
+        graph.erase_node(node)
+        changed += 1
+    return changed

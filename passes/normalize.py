@@ -1,0 +1,113 @@
+"""normalize: one spelling for each operation, so that the passes after it know only one.
+
+    before                                          after
+    F.linear(x, w, b)                               torch._C._nn.linear(x, w, b)
+    x @ w.t(), torch.matmul(x, w.T), x.matmul(...)  torch._C._nn.linear(x, w)          w a 2-D graph input
+    torch.addmm(b, x, w)                            torch._C._nn.linear(x, w.t(), b)   b 1-D (transformers' Conv1D)
+    torch.add(a, b), a.add(b), operator.iadd        operator.add(a, b)                 likewise mul; iadd only on fresh results
+    F.dropout(x, p, False), F.dropout(x, 0.0)       x
+
+Nothing is reported: a spelling not listed is left as it is.
+"""
+
+import operator
+
+import torch
+from torch.fx import GraphModule, Node
+
+from fastft import match
+
+_BINARY = {
+    torch.add: operator.add,
+    torch.mul: operator.mul,
+    torch.multiply: operator.mul,
+    torch.div: operator.truediv,
+    "add": operator.add,
+    "mul": operator.mul,
+    "div": operator.truediv,
+}
+_MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
+
+
+def normalize(gm: GraphModule) -> list:
+    for node in list(gm.graph.nodes):
+        if node.op not in ("call_function", "call_method"):
+            continue
+        for rule in (_linear, _addmm, _matmul, _binary, _dropout):
+            if rule(gm, node):
+                break
+    return []
+
+
+def _linear(gm: GraphModule, node: Node) -> bool:
+    if not match.is_function(node, torch.nn.functional.linear):
+        return False
+    node.target = torch._C._nn.linear
+    node.args, node.kwargs = match.linear_args(node), {}
+    return True
+
+
+def _binary(gm: GraphModule, node: Node) -> bool:
+    target = _BINARY.get(node.target)
+    if target is None or node.kwargs or len(node.args) != 2:
+        return False
+    node.op, node.target = "call_function", target
+    return True
+
+
+def _is_input(node: object) -> bool:
+    return isinstance(node, Node) and node.op in ("placeholder", "get_attr")
+
+
+def _transposed(node: object) -> Node | None:
+    """w where node is `w.t()`, `w.T`, `w.mT` or `w.transpose(0, 1)` of a 2-D graph input."""
+    if match.is_method(node, "t") or match.is_function(node, torch.t):
+        inner = node.args[0]
+    elif match.is_method(node, "transpose") or match.is_function(node, torch.transpose):
+        inner = node.args[0] if sorted(d % 2 for d in node.args[1:]) == [0, 1] else None
+    elif match.is_function(node, getattr) and node.args[1] in ("T", "mT"):
+        inner = node.args[0]
+    else:
+        return None
+    return inner if _is_input(inner) and match.value(inner).dim() == 2 else None
+
+
+def _matmul(gm: GraphModule, node: Node) -> bool:
+    if node.target not in _MATMUL or len(node.args) != 2 or node.kwargs:
+        return False
+    weight = _transposed(node.args[1])
+    if weight is None or not isinstance(match.value(node.args[0]), torch.Tensor) or match.value(node.args[0]).dim() < 2:
+        return False
+    node.op, node.target = "call_function", torch._C._nn.linear
+    node.args = (node.args[0], weight, None)
+    return True
+
+
+def _addmm(gm: GraphModule, node: Node) -> bool:
+    if not match.is_function(node, torch.addmm) or node.kwargs or len(node.args) != 3:
+        return False
+    bias, x, weight = node.args
+    if not (_is_input(bias) and _is_input(weight)) or match.value(bias).dim() != 1:
+        return False
+    with gm.graph.inserting_before(node):
+        turned = gm.graph.call_method("t", (weight,))
+    turned.meta = {**node.meta, "example_value": match.value(weight).t()}
+    node.target, node.args = torch._C._nn.linear, (x, turned, bias)
+    return True
+
+
+def _dropout(gm: GraphModule, node: Node) -> bool:
+    if not match.is_function(node, torch.nn.functional.dropout):
+        return False
+    x, p, training = dropout_args(node)
+    if training and p != 0:
+        return False
+    node.replace_all_uses_with(x)
+    gm.graph.erase_node(node)
+    return True
+
+
+def dropout_args(node: Node) -> tuple[Node, float, bool]:
+    """`(x, p, training)` of a call of `torch.nn.functional.dropout`."""
+    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+    return given["input"], given.get("p", 0.5), given.get("training", True)
