@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from fastft import _torch, passes, report
 from fastft.hooks import Partitioner, PassManager
 from fastft.options import Options
-from fastft.runner import copy_graph, run_passes, warn_dropped
+from fastft.runner import copy_graph, run_passes, set_strict_kernels, warn_dropped
 
 
 def fastft(
@@ -36,6 +36,8 @@ def fastft(
         ValueError: an unknown option, pass, mode or setting; the message names the nearest valid one.
     """
     checked = Options.parse(options, mode, passes.NAMES)
+    if checked.strict:
+        set_strict_kernels()
     start = time.perf_counter()
     original = copy_graph(gm)
     without: list[str] = []

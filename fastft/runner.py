@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from fastft import match
 from fastft.options import Options
-from fastft.report import MissRow, PassRun, Report, Rewrite
+from fastft.report import MissRow, PassRun, Report, Rewrite, reports
 from fastft.result import Match
 
 
@@ -26,6 +26,28 @@ def warn_dropped(what: str, error: BaseException) -> str:
         stacklevel=3,
     )
     return text
+
+
+_failed_kernels: set[str] = set()
+_strict_kernels = False
+
+
+def set_strict_kernels() -> None:
+    """From now on a failing kernel raises: some graph of this process was compiled with `strict`."""
+    global _strict_kernels
+    _strict_kernels = True
+
+
+def kernel_failed(name: str, error: Exception) -> bool:
+    """Warns the first time kernel `name` fails; True: the caller goes on with its reference, False: it raises."""
+    if _strict_kernels:
+        return False
+    if name not in _failed_kernels:
+        _failed_kernels.add(name)
+        text = warn_dropped(f"kernel {name}", error)
+        for row in reports():
+            row.dropped.append((name, text))
+    return True
 
 
 def operations(gm: GraphModule) -> collections.Counter:

@@ -169,7 +169,8 @@ def _backward(spec: Spec, needs, saved, dy):
         scaled_b = _scaled_b(spec, lora_b, i)
         ranks = [lora_a[j].shape[0] for j in owned]
         if spec.backward == "one_read" and any(need_b[j] for j in owned):
-            ds_i, db_i = lora_grads(dy[i], s[:, start:end], scaled_b)
+            ds_parts, db_parts = lora_grads(dy[i], s[:, start:end], scaled_b)
+            ds_i, db_i = ds_parts.sum(0).to(spec.dtype), db_parts.sum(0)
         else:
             ds_i = dy[i] @ scaled_b
             db_i = _mm(dy[i].t(), s[:, start:end], wide) if any(need_b[j] for j in owned) else None
@@ -206,6 +207,7 @@ def _backward(spec: Spec, needs, saved, dy):
     return (dx, *d_weights, *d_biases, *d_a, *d_b, *d_lora_biases)
 
 
-def choose(x: Tensor, ranks: list[int]) -> tuple[str, str]:
-    """The providers `(forward, backward)` for a group on input `x` (a fake tensor) with adapters of these ranks."""
-    return "accumulate", lora_grads_provider(x.device, x.dtype, ranks)
+def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
+    """The providers `(forward, backward)` for a group on input `x` (a fake tensor), computed in `dtype`, with these ranks
+    (the sum over its adapters for each linear)."""
+    return "accumulate", lora_grads_provider(x.device, dtype, ranks)

@@ -250,7 +250,8 @@ def _replace(gm: GraphModule, group: list[Linear], position: dict[Node, int]) ->
         owner += [i] * len(linear.adapters)
         adapters += linear.adapters
     dropout = [adapter.dropout for adapter in adapters]
-    provider = kernel.choose(value(group[0].x), [value(adapter.a).shape[0] for adapter in adapters])
+    ranks = [sum(value(adapter.a).shape[0] for adapter in linear.adapters) for linear in group]
+    provider = kernel.choose(value(group[0].x), match.dtype(group[0].base), ranks)
     with gm.graph.inserting_before(anchor):
         seeds = None
         if any(dropout):
