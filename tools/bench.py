@@ -1,0 +1,301 @@
+#!/usr/bin/env python3
+"""fastft beside eager, Inductor, Liger and Unsloth, on the same model, batch and adapters.
+
+    python tools/bench.py --preset llama8b --profile                          # a whole training step, every system installed
+    python tools/bench.py --preset llama1b --batch 4 --seq 2048 --systems inductor,fastft
+    python tools/bench.py --op lora_linear --hidden 2048 --profile            # one decoder layer, variants interleaved
+    python tools/bench.py --tiny --systems eager,inductor                     # a smoke test, on a CPU in seconds
+
+A step is forward, backward, clip_grad_norm_, fused AdamW and zero_grad; nothing in it waits for the device. Weights are random, bf16, made on
+the device, and the same in every system (each parameter is drawn from the seed and its name), so the loss and the gradient norm of the first
+step must agree with the first system's to 1 %: the table says where they do not. Adapters are bf16 by default, as FACTS.md's table most likely
+had them (15.0 GiB of weights for peft, 15.2 for Unsloth, which always keeps its adapters in fp32). Each system runs in its own process with
+compile caches of its own, so the first step is a cold one; with `--rounds 2` the second round shows a warm one. "gemm probe" is one fixed
+8192x4096x14336 product before and after: where it drifts, the machine did. Peak memory is `max_memory_allocated` over the timed steps.
+
+fastft is found where it is installed. From a bare checkout it works too: `passes/` and `kernels/` are mapped to `fastft.passes` and
+`fastft.kernels` here as `pyproject.toml` maps them. On a lent machine run `eval "$(bash tools/device_setup.sh)"` first (see there). Unsloth wants versions
+of its own packages: put them into a folder and name it with `--unsloth-path`; only Unsloth's process sees it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from bench_models import PRESETS, SYSTEMS, tiny  # noqa: E402
+from bench_profile import CLASSES  # noqa: E402
+from bench_systems import source_hash, versions  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+COLUMNS = "system|ms/step|x inductor|tokens/s|peak GiB|weights|resident|first step s|loss|grad norm|attention|gemm probe ms|check".split("|")
+TOLERANCE = 0.01  # of the first step's loss and gradient norm against the reference system
+console = Console(width=None if sys.stdout.isatty() else 190)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--preset", choices=PRESETS, default="llama8b")
+    add("--systems", default=",".join(SYSTEMS), help="comma-separated, run in this order (default: %(default)s)")
+    add("--batch", type=int)
+    add("--seq", type=int)
+    add("--layers", type=int, help="cut the model to this many layers")
+    add("--steps", type=int, default=10, help="timed steps or, with --op, 4 x as many repetitions (default: %(default)s)")
+    add("--warmup", type=int, default=3, help="untimed steps after the first (default: %(default)s)")
+    add("--rounds", type=int, default=1, help="run the whole list of systems this many times")
+    add("--rank", type=int, default=16)
+    add("--alpha", type=int, default=32)
+    add("--dropout", type=float, default=0.0, help="LoRA dropout")
+    add("--adapter-dtype", choices=("bf16", "fp32"), default="bf16", help="fp32 is peft's own default; Unsloth ignores this")
+    add("--autocast", action="store_true", help="forward under torch.autocast(bf16), as Trainer(bf16=True) does")
+    add("--checkpointing", action="store_true", help="recompute every layer (Unsloth: its own offloaded form)")
+    add("--options", type=json.loads, metavar="JSON", help="options for fastft, e.g. '{\"pack_weights\": true}'")
+    add("--profile", action="store_true", help="GPU time by kernel class (bench_profile.py says which)")
+    add("--unsloth-path", metavar="DIR", default=os.environ.get("FASTFT_UNSLOTH_PATH"), help="put first on Unsloth's PYTHONPATH")
+    add("--timeout", type=float, default=420, help="seconds for one system (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--tiny", action="store_true", help="tiny shapes: a smoke test")
+    add("--out", type=Path, help="default: tools/results/<date>-<preset>.json")
+    add("--op", choices=("lora_linear",), help="one operation in a decoder layer instead of a whole model")
+    add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op: Llama-8B's layer or Llama-1B's")
+    add("--tokens", type=int, default=8192, help="with --op (default: %(default)s, in sequences of --seq or 2048)")
+    args = parser.parse_args()
+    unknown = [name for name in args.systems.split(",") if name not in SYSTEMS]
+    if unknown:
+        parser.error(f"unknown systems {unknown}: choose from {', '.join(SYSTEMS)}")
+    return args
+
+
+def unavailable(system: str, args: argparse.Namespace, cuda: bool) -> str | None:
+    """Why a system cannot run here, or None."""
+    if system == "unsloth":
+        if not (args.unsloth_path and Path(args.unsloth_path, "unsloth").is_dir()) and find_spec("unsloth") is None:
+            return "not installed (--unsloth-path)"
+        return None if cuda else "needs a GPU"
+    if system == "liger":
+        if find_spec("liger_kernel") is None:
+            return "not installed"
+        return None if cuda else "needs a GPU"
+    if system == "fastft" and find_spec("fastft") is None and not Path(HERE.parent, "fastft", "__init__.py").is_file():
+        return "not installed"
+    return None
+
+
+def run_system(system: str, args: argparse.Namespace, spec: dict[str, Any], scratch: Path) -> dict[str, Any]:
+    """One system in its own process, with its own compile caches and working directory."""
+    folder = scratch / system
+    folder.mkdir(exist_ok=True)
+    env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
+    if not args.tiny:
+        env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"] = str(folder / "inductor"), str(folder / "triton")
+    if system == "unsloth":
+        env.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=str(folder / "compiled"))
+        if args.unsloth_path:
+            env["PYTHONPATH"] = os.pathsep.join(filter(None, [os.path.abspath(args.unsloth_path), env.get("PYTHONPATH")]))
+    spec_file, result_file, log = folder / "spec.json", folder / "result.json", folder / "log"
+    spec_file.write_text(json.dumps({"system": system, **spec}))
+    result_file.unlink(missing_ok=True)
+    started, stopped = time.perf_counter(), None
+    with log.open("w") as out:
+        command = [sys.executable, str(HERE / "bench_systems.py"), str(spec_file), str(result_file)]
+        try:
+            code = subprocess.run(command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=args.timeout).returncode
+        except subprocess.TimeoutExpired:
+            code, stopped = -1, f"stopped after {args.timeout:.0f} s"
+    if result_file.is_file():
+        result = json.loads(result_file.read_text())
+    else:
+        result = {"error": stopped or f"exit status {code}"}
+    if "error" in result:
+        result["log"] = log.read_text(errors="replace").splitlines()[-40:]
+    result["wall_s"] = time.perf_counter() - started
+    return result
+
+
+def check(row: dict[str, Any], reference: dict[str, Any] | None) -> list[str]:
+    """What is wrong with a row's first step."""
+    flags = [
+        f"{name} {row[name]:.4g}, expected {reference[name]:.4g}"
+        for name in ("loss_first", "grad_norm_first")
+        if reference and _off(row[name], reference[name])
+    ]
+    dead = set(row["dead_gradients"]) - set(reference["dead_gradients"] if reference else ())
+    if dead:
+        flags.append(f"{len(dead)} parameters without a usable gradient, first {min(dead)}")
+    return flags
+
+
+def _off(value: float, expected: float) -> bool:
+    return not abs(value - expected) <= TOLERANCE * abs(expected)
+
+
+def main_table(rows: list[dict[str, Any]], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("system", "check") else "right")
+    base = next((row["ms"] for row in rows if row["system"] == "inductor" and "ms" in row), None)
+    for row in rows:
+        if "ms" not in row:
+            table.add_row(row["name"], *[""] * 11, f"[red]{' '.join((row.get('error') or row['skipped']).split())[:100]}[/red]")
+            continue
+        table.add_row(
+            row["name"],
+            f"{row['ms']:.1f}",
+            f"{base / row['ms']:.3f}" if base else "",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['weights_gib']:.2f}",
+            f"{row['resident_gib']:.2f}",
+            f"{row['first_step_s']:.1f}",
+            f"{row['loss_first']:.4f} → {row['loss_last']:.4f}",
+            f"{row['grad_norm_first']:.4g} → {row['grad_norm_last']:.4g}",
+            row.get("attention", row.get("profile_error", ""))[:20],
+            " → ".join(f"{ms:.3f}" for ms in row["gemm_probe_ms"]),
+            "[red]" + "; ".join(row["flags"]) + "[/red]" if row["flags"] else "ok",
+        )
+    return table
+
+
+def print_profiles(profiles: dict[str, dict[str, Any]], top: int) -> None:
+    """Classes side by side, then each one's most expensive kernels."""
+    if not profiles:
+        return
+    table = Table(title="GPU ms a step by kernel class (2 profiled steps)", title_justify="left")
+    table.add_column("class")
+    for name in profiles:
+        table.add_column(name, justify="right")
+    for cls in CLASSES:
+        table.add_row(cls, *(f"{p['classes'][cls]:.2f}" for p in profiles.values()))
+    table.add_row("profiled step", *(f"{p['step_ms']:.2f}" for p in profiles.values()))
+    table.add_row("kernels", *(f"{p['kernels']:.0f}" for p in profiles.values()))
+    console.print(table)
+    for name, prof in profiles.items():
+        kernels = Table(title=f"{name}: top {top} kernels; attention: {', '.join(prof['attention_kernels'][:3]) or 'none'}", title_justify="left")
+        for column in ("kernel", "class", "shape", "calls", "ms"):
+            kernels.add_column(column, justify="right" if column in ("calls", "ms") else "left", no_wrap=True)
+        for row in prof["top"][:top]:
+            kernels.add_row(row["kernel"][:90], row["class"], row["shape"], f"{row['calls']:g}", f"{row['ms']:.3f}")
+        console.print(kernels)
+
+
+def machine() -> dict[str, str]:
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        name, driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].split(", ")
+    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
+        return {"gpu": "no GPU"}
+    return {"gpu": name, "driver": driver}
+
+
+def out_path(args: argparse.Namespace, what: str) -> Path:
+    if args.out:
+        return args.out
+    stem, folder = f"{datetime.date.today()}-{what}", HERE / "results"
+    free = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
+    return next(path for path in free if not path.exists())
+
+
+def header(args: argparse.Namespace, host: dict[str, str]) -> dict[str, Any]:
+    return {
+        "schema": 1,
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        **host,
+        "versions": {"python": sys.version.split()[0], **versions()},
+        "fastft_sources": source_hash(),
+        "arguments": {key: value for key, value in vars(args).items() if key != "out"},
+    }
+
+
+def write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def bench_models(args: argparse.Namespace) -> bool:
+    preset = tiny(PRESETS[args.preset]) if args.tiny else PRESETS[args.preset]
+    config = dict(preset.config, **({"num_hidden_layers": args.layers} if args.layers else {}))
+    spec = {"arch": preset.arch, "config": config, "batch": args.batch or preset.batch, "seq": args.seq or preset.seq}
+    spec |= {key: getattr(args, key) for key in ("steps", "warmup", "rank", "alpha", "dropout", "adapter_dtype", "checkpointing", "autocast")}
+    spec |= {key: getattr(args, key) for key in ("options", "seed", "profile", "tiny")}
+    host = machine()
+    what = ("tiny-" if args.tiny else "") + args.preset
+    path = out_path(args, what)
+    document = header(args, host) | {"spec": spec, "systems": []}
+    rows: list[dict[str, Any]] = document["systems"]
+    reference: dict[str, Any] | None = None
+    title = f"{what}, {config['num_hidden_layers']} layers, batch {spec['batch']} x {spec['seq']}, LoRA r={args.rank} {args.adapter_dtype}, {host['gpu']}"
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as scratch:
+        for number in range(args.rounds):
+            for system in args.systems.split(","):
+                row: dict[str, Any] = {"system": system, "round": number, "name": system + (f" #{number + 1}" if number else "")}
+                reason = unavailable(system, args, host["gpu"] != "no GPU")
+                if reason:
+                    row["skipped"] = reason
+                else:
+                    row |= run_system(system, args, spec, Path(scratch))
+                if "ms" in row:
+                    row["flags"] = check(row, None if args.dropout else reference)
+                    reference = reference or row
+                    console.print(f"{row['name']}: {row['ms']:.1f} ms, {row['peak_gib']:.2f} GiB ({row['wall_s']:.0f} s in all)", highlight=False)
+                else:
+                    console.print(f"{row['name']}: {row.get('error') or row['skipped']}", highlight=False, markup=False)
+                    console.print("\n".join([*row.get("traceback", "").splitlines()[-12:], *row.get("log", [])[-12:]]), highlight=False, markup=False)
+                rows.append(row)
+                write(path, document)  # after each system: a run cut short keeps what it had
+    if args.profile:
+        print_profiles({row["name"]: row["profile"] for row in rows if "profile" in row}, top=12)
+    console.print(main_table(rows, title))
+    console.print(f"written to {path}", highlight=False)
+    return all("error" not in row and not row.get("flags") for row in rows)
+
+
+def bench_op(args: argparse.Namespace) -> bool:
+    from bench_ops import bench_lora_linear
+
+    host = machine()
+    say: Callable[[str], None] = lambda text: console.print(text, highlight=False)  # noqa: E731
+    result = bench_lora_linear(
+        args.hidden, args.tokens, args.seq or 2048, 4 * args.steps, args.warmup, args.rank, args.alpha, args.dropout, args.profile, args.tiny, args.options, say
+    )
+    rows = result["variants"]
+    path = out_path(args, f"{args.op}-{result['shape']['hidden']}")
+    write(path, header(args, host) | result)
+    if args.profile:
+        print_profiles({name: row["profile"] for name, row in rows.items() if "profile" in row}, top=25)
+    columns = ("ms", "ratio", "forward_ms", "backward_ms", "best_ms", "input_grad_norm", "adapter_grad_norm", "worst_gradient_difference")
+    shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())
+    probe = " → ".join(f"{ms:.3f}" for ms in result["gemm_probe_ms"])
+    table = Table(title=f"{args.op}: one Llama decoder layer, {shape}, {host['gpu']}, gemm probe {probe} ms", title_justify="left")
+    for column in ("variant", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
+    for name, row in rows.items():
+        table.add_row(name, *(f"{row[column]:.4g}" if column in row else row.get("error", "")[:60] * (column == "ms") for column in columns))
+    console.print(table)
+    console.print(f"written to {path}", highlight=False)
+    return all("error" not in row for row in rows.values())
+
+
+def main() -> int:
+    args = parse()
+    return 0 if (bench_op(args) if args.op else bench_models(args)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""One system, one process: build the model, train it for some steps, return the figures.
+
+`bench.py` starts `python bench_systems.py SPEC.json RESULT.json` for each system, so that no system's patches, compiled
+code or memory reach another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+import sys
+import time
+import traceback
+import zlib
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from bench_models import BUILDERS, ROOT, Spec, canonical, seed_parameters
+
+GiB = 2.0**30
+PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "fastft")
+
+
+def versions(names: Iterable[str] = PACKAGES) -> dict[str, str]:
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def source_hash() -> str:
+    """Names the fastft that was measured without git: a checksum over its sources in this checkout."""
+    crc = 0
+    for path in sorted(p for folder in ("fastft", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")):
+        crc = zlib.crc32(path.read_bytes(), zlib.crc32(str(path.relative_to(ROOT)).encode(), crc))
+    return f"{crc:08x}"
+
+
+def gemm_probe(device: str, tiny_shape: bool = False, repeat: int = 20) -> float:
+    """Median milliseconds of one fixed bf16 product: how fast the machine itself is right now."""
+    import torch
+
+    m, k, n = (64, 64, 64) if tiny_shape else (8192, 4096, 14336)
+    a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
+    b = torch.randn(k, n, device=device, dtype=torch.bfloat16)
+    clock = Clock(device)
+    for _ in range(5):
+        a @ b
+    clock.mark()
+    for _ in range(repeat):
+        a @ b
+        clock.mark()
+    return statistics.median(clock.intervals())
+
+
+class Clock:
+    """Marks in the device's own order (CUDA events, so nothing waits), or of the host's clock without a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        import torch
+
+        if self.cuda:
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Milliseconds between consecutive marks."""
+        import torch
+
+        if not self.cuda:
+            return [1e3 * (b - a) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        torch.cuda.synchronize()
+        return [a.elapsed_time(b) for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def allocated(device: str, peak: bool = False) -> float:
+    import torch
+
+    if device != "cuda":
+        return 0.0
+    return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / GiB
+
+
+def dead_gradients(params: dict[str, Any]) -> list[str]:
+    """Trained parameters without a gradient, with an all-zero one, or with one that is not finite."""
+    return [name for name, p in params.items() if p.grad is None or not bool(p.grad.isfinite().all()) or not bool(p.grad.any())]
+
+
+def measure(spec: Spec, device: str) -> dict[str, Any]:
+    """Build the system, train, and return every figure of its row."""
+    import torch
+
+    result: dict[str, Any] = {"gemm_probe_ms": [gemm_probe(device, spec.tiny)]}
+    torch.manual_seed(spec.seed)
+    call, model = BUILDERS[spec.system](spec, device)
+    seed_parameters(model, spec.seed)
+    model.train()
+    params = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    result["weights_gib"] = allocated(device)
+    result["trainable"] = sum(p.numel() for p in params.values())
+    result["adapter_dtype"] = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
+    optimizer = torch.optim.AdamW(params.values(), lr=spec.lr, fused=True)
+    generator = torch.Generator().manual_seed(spec.seed)
+    ids = torch.randint(0, spec.config["vocab_size"], (spec.batch, spec.seq), generator=generator).to(device)
+    losses: list[Any] = []
+    norms: list[Any] = []
+
+    def step() -> None:
+        with torch.autocast(device, torch.bfloat16) if spec.autocast else contextlib.nullcontext():
+            loss = call(input_ids=ids, labels=ids).loss
+        loss.backward()
+        if not losses:
+            result["dead_gradients"] = dead_gradients(params)
+            result["grad_norm_first"] = sum(float(p.grad.double().norm()) ** 2 for p in params.values() if p.grad is not None) ** 0.5
+        norms.append(torch.nn.utils.clip_grad_norm_(params.values(), 1.0))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+
+    started = time.perf_counter()
+    step()
+    result["loss_first"] = float(losses[0])  # waits for the device
+    if device == "cuda":
+        torch.cuda.synchronize()
+    result["first_step_s"] = time.perf_counter() - started
+    for _ in range(spec.warmup):
+        step()
+    result["resident_gib"] = allocated(device)
+    result["peak_warmup_gib"] = allocated(device, peak=True)
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    clock = Clock(device)
+    clock.mark()
+    for _ in range(spec.steps):
+        step()
+        clock.mark()
+    result["step_ms"] = clock.intervals()
+    result["ms"] = statistics.median(result["step_ms"])
+    result["tokens_per_s"] = spec.batch * spec.seq / result["ms"] * 1e3
+    result["peak_gib"] = allocated(device, peak=True)
+    result["gemm_probe_ms"].append(gemm_probe(device, spec.tiny))
+    result["loss_last"], result["grad_norm_last"] = float(losses[-1]), float(norms[-1])
+    result["dynamo"] = dynamo_counters()
+    result["versions"] = versions()
+    if spec.system == "fastft":
+        result["fastft"] = fastft_reports()
+    if device == "cuda":
+        from bench_profile import attention_backend, profile
+
+        try:
+            prof = profile(step, steps=2 if spec.profile else 1)
+            result["attention"] = attention_backend(prof)
+            if spec.profile:
+                result["profile"] = prof
+        except Exception as error:  # the figures above stand without it
+            result["profile_error"] = f"{type(error).__name__}: {error}"[:500]
+    return result
+
+
+def dynamo_counters() -> dict[str, Any]:
+    """Graphs and graph breaks, where something was compiled."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    if utils is None:
+        return {}
+    return {"graphs": utils.counters["stats"].get("unique_graphs", 0), "graph_breaks": dict(utils.counters["graph_break"])}
+
+
+def fastft_reports() -> list[Any]:
+    """What fastft rewrote, as counts by pass and provider."""
+    import fastft
+
+    rows = []
+    for report in fastft.reports():
+        entry = report.to_dict()
+        counts: dict[str, int] = {}
+        for rewrite in entry.get("rewrites", []):
+            key = f"{rewrite['pass']}: {rewrite['provider']}"
+            counts[key] = counts.get(key, 0) + 1
+        misses: dict[str, int] = {}
+        for miss in entry.get("misses", []):
+            key = f"{miss['pass']}: {miss['reason']}"
+            misses[key] = misses.get(key, 0) + 1
+        rows.append({"nodes": [entry.get("nodes_before"), entry.get("nodes_after")], "rewrites": counts, "misses": misses})
+    return rows
+
+
+def main() -> None:
+    spec = Spec(**json.loads(Path(sys.argv[1]).read_text()))
+    try:
+        if spec.system == "unsloth":
+            import unsloth  # noqa: F401  # first of all, as it asks for
+        import torch
+
+        result = measure(spec, "cuda" if torch.cuda.is_available() else "cpu")
+    except Exception as error:  # a system that fails is a row that says so
+        result = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()[-4000:]}
+    Path(sys.argv[2]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
