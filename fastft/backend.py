@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fastft import _torch, passes, report
 from fastft.hooks import Partitioner, PassManager
 from fastft.options import Options
+from fastft.packing import pack_weights
 from fastft.runner import copy_graph, run_passes, set_strict_kernels, warn_dropped
 
 
@@ -45,6 +46,8 @@ def fastft(
     while True:
         row = report.Report(dropped=list(dropped))
         rewritten = run_passes(gm, passes.STAGE_1, checked, row, without)
+        if checked.pack_weights:
+            pack_weights(rewritten, example_inputs, row)
         try:
             compiled = _compile(rewritten, example_inputs, checked)
             break

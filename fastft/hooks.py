@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import torch
 from torch.fx import Graph, GraphModule
+from torch.utils.checkpoint import CheckpointPolicy
 
 import fastft
 from fastft import _torch
+from fastft.kernels.lora_linear import RECOMPUTE
 from fastft.options import Options
 from fastft.runner import warn_dropped
 
@@ -61,7 +63,8 @@ class PassManager(_torch.CustomGraphPass):
 class Partitioner(_torch.CustomPartitionerFn):
     """Stage 3: where the memory planner tags what is saved, recomputed or offloaded, before PyTorch's min-cut.
 
-    Today it tags one thing: seeds of dropout masks are saved, never drawn again, also inside checkpointed regions.
+    Today it tags what the ops ask for: their seeds of dropout masks are saved, never drawn again, also inside checkpointed
+    regions; what they mark as recomputed is made again in the backward.
     """
 
     def __init__(self, options: Options) -> None:
@@ -70,7 +73,9 @@ class Partitioner(_torch.CustomPartitionerFn):
     def __call__(self, gm: GraphModule, joint_inputs, **kwargs) -> tuple[GraphModule, GraphModule]:
         for node in gm.graph.nodes:
             if node.target in (torch.ops.aten.randint.low, torch.ops.prims.inductor_randint.default):
-                node.meta["recompute"] = torch.utils.checkpoint.CheckpointPolicy.MUST_SAVE
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+            elif RECOMPUTE in (node.meta.get("custom") or {}):
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         return _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> str:

@@ -17,10 +17,11 @@ _STEPS = 1 << 16
 
 def scale(p: float) -> float:
     """What kept values are multiplied by: 1 / (1 - p), p rounded as the mask rounds it."""
-    return _STEPS / (_STEPS - _threshold(p))
+    return _STEPS / (_STEPS - threshold(p))
 
 
-def _threshold(p: float) -> int:
+def threshold(p: float) -> int:
+    """The 16-bit values below it are dropped: p in 65536ths, at least one and never all."""
     return min(max(round(p * _STEPS), 1), _STEPS - 1)
 
 
@@ -45,4 +46,4 @@ def keep_mask(seed: Tensor, adapter: int, p: float, rows, cols, device: torch.de
     bits = _lowbias32(_lowbias32(row + seed[adapter // 2]) ^ (col * (0x9E3779B1 - (1 << 32))))
     if adapter % 2:
         bits = bits >> 16
-    return (bits & 0xFFFF) >= _threshold(p)
+    return (bits & 0xFFFF) >= threshold(p)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastft.kernels.accumulate import LIBRARY
+from fastft.kernels.guard import guarded
 
 try:
     import triton
@@ -122,23 +123,12 @@ def launch(dy: Tensor, s: Tensor, b: Tensor, config: tuple[int, int, int, int]) 
 
 def _cuda(dy: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     config = config_for(dy.device.index, s.shape[1])
-    try:
-        return launch(dy, s, b, config)
-    except (RuntimeError, triton.errors.TritonError) as error:
-        if not _dropped(error):
-            raise
+
+    def fallback() -> tuple[Tensor, Tensor]:
         ds, db = reference(dy, s, b)
-        blocks = row_blocks(dy.shape[0], config[0])
-        return _padded(ds, column_spans(dy.shape[1])[0]), _padded(db, blocks)
+        return _padded(ds, column_spans(dy.shape[1])[0]), _padded(db, row_blocks(dy.shape[0], config[0]))
 
-
-def _dropped(error: Exception) -> bool:
-    """Warns once; False where the error is a lack of memory, which is the caller's to see."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
-        return False
-    from fastft.runner import kernel_failed
-
-    return kernel_failed("lora_grads", error)
+    return guarded("lora_grads", lambda: launch(dy, s, b, config), fallback)
 
 
 def _padded(part: Tensor, count: int) -> Tensor:

@@ -26,6 +26,11 @@ from fastft.kernels import dropout as masks
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
 from fastft.kernels.lora_grads import lora_grads
 from fastft.kernels.lora_grads import provider as lora_grads_provider
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
+from fastft.kernels.packed import PAD, packed_mm
+
+# Key of `node.meta["custom"]` that fastft's partitioner turns into MUST_RECOMPUTE.
+RECOMPUTE = "fastft_recompute"
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_biases, "
@@ -63,7 +68,7 @@ def lora_linear(
         lora_a: [r_j, K]. lora_b: [N_owner(j), r_j]. lora_biases: [N_owner(j)] or None.
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
         seeds: int32 [ceil(adapters / 2)] where a dropout is not 0, else None.
-        forward: "accumulate" or "plain". backward: "one_read" or "mm". The providers.
+        forward: "accumulate", "k_extended" (packed weights) or "plain". backward: "one_read" or "mm". The providers.
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
@@ -96,18 +101,29 @@ def _columns(spec: Spec, lora_a) -> list[tuple[int, int]]:
     return [(starts[owned[0]], ends[owned[-1]]) for owned in map(spec.owned, range(spec.linears))]
 
 
+def _recomputed():
+    """Nodes traced in here are made again in the backward instead of saved: cheap, and Inductor fuses them.
+
+    PyTorch's partitioner saves what a GEMM of the backward reads. For the cast and stacked adapters that is 41 MB a step of
+    a 16-layer Llama-8B, for dropped inputs as much as all inputs of the linears together (docs/notes.md).
+    """
+    return torch.fx.traceback.annotate({RECOMPUTE: True})
+
+
 def _scaled_b(spec: Spec, lora_b, linear: int) -> Tensor:
     """[N, sum r]: the linear's B matrices side by side, times their scaling, in the dtype of the arithmetic."""
-    parts = [(lora_b[j] * spec.scaling[j]).to(spec.dtype) for j in spec.owned(linear)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    with _recomputed():
+        parts = [(lora_b[j] * spec.scaling[j]).to(spec.dtype) for j in spec.owned(linear)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _dropped(spec: Spec, seeds: Tensor, x: Tensor, adapter: int) -> Tensor:
     p = spec.dropout[adapter]
     if p == 0:
         return x
-    keep = masks.keep_mask(seeds, adapter, p, x.shape[0], x.shape[1], x.device)
-    return torch.where(keep, x * masks.scale(p), 0.0).to(x.dtype)
+    with _recomputed():
+        keep = masks.keep_mask(seeds, adapter, p, x.shape[0], x.shape[1], x.device)
+        return torch.where(keep, x * masks.scale(p), 0.0).to(x.dtype)
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -123,20 +139,29 @@ class _LoraLinear(torch.autograd.Function):
         weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
         ctx.x_dtype = x.dtype
         x = x.to(spec.dtype)
+        extended = spec.forward == "k_extended"
         if any(spec.dropout):
             s = [_dropped(spec, seeds, x, j) @ a.to(spec.dtype).t() for j, a in enumerate(lora_a)]
             s = torch.cat(s, 1) if len(s) > 1 else s[0]
+            tail = torch.nn.functional.pad(s, (0, PAD - s.shape[1])) if extended else s
         else:
-            s = x @ _stack(lora_a, spec.dtype).t()
+            tail = x @ _stack(lora_a, spec.dtype, PAD if extended else 0).t()
+            s = tail[:, : sum(a.shape[0] for a in lora_a)]
+        if extended:
+            x_extended = torch.cat([x, tail], 1)
         outputs = []
         for i, (start, end) in enumerate(_columns(spec, lora_a)):
-            b = _scaled_b(spec, lora_b, i).t()
+            b = _scaled_b(spec, lora_b, i)
             bias = None if biases[i] is None else biases[i].to(spec.dtype)
             for j in spec.owned(i):
                 if lora_biases[j] is not None:
                     more = (lora_biases[j] * spec.scaling[j]).to(spec.dtype)
                     bias = more if bias is None else bias + more
-            low_rank = s[:, start:end] @ b if bias is None else torch.addmm(bias, s[:, start:end], b)
+            if extended:
+                b = torch.nn.functional.pad(b, (start, PAD - end))
+                outputs.append(packed_mm(x_extended, weights[i], b, bias))
+                continue
+            low_rank = low_rank_mm(s[:, start:end], b.t(), bias)
             w = weights[i].to(spec.dtype).t()
             outputs.append(accumulate_mm(low_rank, x, w) if spec.forward == "accumulate" else x @ w + low_rank)
         ctx.spec = spec
@@ -151,9 +176,14 @@ class _LoraLinear(torch.autograd.Function):
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
 
 
-def _stack(lora_a, dtype: torch.dtype) -> Tensor:
-    parts = [a.to(dtype) for a in lora_a]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _stack(lora_a, dtype: torch.dtype, rows: int = 0) -> Tensor:
+    """[sum r, K]: the A matrices one below the other, with rows of zeros up to `rows`."""
+    with _recomputed():
+        parts = [a.to(dtype) for a in lora_a]
+        missing = rows - sum(a.shape[0] for a in lora_a)
+        if missing > 0:
+            parts.append(parts[0].new_zeros((missing, parts[0].shape[1])))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _backward(spec: Spec, needs, saved, dy):
@@ -188,19 +218,19 @@ def _backward(spec: Spec, needs, saved, dy):
                 if need_lora_bias[j]:
                     d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
     dx = None
+    ds_all = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
     if any(spec.dropout):
         for j, a in enumerate(lora_a):
             if need_a[j]:
                 d_a[j] = _mm(ds[j].t(), _dropped(spec, seeds, x, j), a.dtype)
-            if needs_x:
-                part = _dropped(spec, seeds, ds[j] @ a.to(spec.dtype), j)
-                dx = part if dx is None else dx + part
+        if needs_x:
+            ranks = [a.shape[0] for a in lora_a]
+            dx = low_rank_mm_dropout(ds_all, _stack(lora_a, spec.dtype), seeds, ranks, list(spec.dropout))
     else:
-        ds_all = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
         if any(need_a):
             parts = _mm(ds_all.t(), x, wide).split([a.shape[0] for a in lora_a])
             d_a = [part.to(a.dtype) if need else None for part, a, need in zip(parts, lora_a, need_a, strict=True)]
-        dx = ds_all @ _stack(lora_a, spec.dtype) if needs_x else None
+        dx = low_rank_mm(ds_all, _stack(lora_a, spec.dtype), None) if needs_x else None
     if needs_x:
         for i, w in enumerate(weights):
             dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))

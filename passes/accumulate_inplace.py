@@ -16,6 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from fastft.kernels.accumulate import accumulate_mm
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
 
 aten = torch.ops.aten
 _FRESH = {
@@ -26,6 +27,8 @@ _FRESH = {
     aten.where.self,
     aten.mul.Tensor,
     accumulate_mm,
+    low_rank_mm,
+    low_rank_mm_dropout,
 }
 
 

@@ -1,0 +1,93 @@
+"""`options={"pack_weights": True}`: frozen 16-bit base weights move into padded storage (kernels/packed.py says why).
+
+A parameter keeps its object, shape, dtype and values; its storage becomes [N, K + 64] and its row stride K + 64, 1.5 % more
+memory at K = 4096. Optimizers, `state_dict`, `save_pretrained` and `load_state_dict` see the same parameter.
+
+The first call of the backend packs and asks Dynamo to trace the frame again, so that guards and Inductor know the new
+strides; from then on nothing moves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastft import _torch, match
+from fastft.kernels import lora_linear
+from fastft.kernels.packed import PAD
+from fastft.report import Report
+
+# Parameters that fastft laid out, with the address it gave them. A stride of K + 64 alone proves nothing: the columns behind
+# a slice that somebody else made hold somebody else's data.
+_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+# What makes x with a kernel of its own: [x | s] would need a copy of x, which costs what the K-extended form saves.
+_NOT_GENERATED = {
+    torch._C._nn.linear,
+    torch._C._nn.scaled_dot_product_attention,
+    torch.matmul,
+    torch.bmm,
+    torch.mm,
+    torch.addmm,
+}
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    return _packed.get(weight) == weight.data_ptr() and weight.stride() == (weight.shape[1] + PAD, 1)
+
+
+def _can_be_packed(weight: object) -> bool:
+    return (
+        isinstance(weight, torch.nn.Parameter)
+        and type(weight.data) is torch.Tensor
+        and not weight.requires_grad
+        and weight.dtype in (torch.bfloat16, torch.float16)
+        and weight.dim() == 2
+        and weight.is_contiguous()
+        and weight.shape[1] % 8 == 0
+        and weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    )
+
+
+def _pack(weight: torch.nn.Parameter) -> None:
+    n, k = weight.shape
+    buffer = torch.zeros((n, k + PAD), dtype=weight.dtype, device=weight.device)
+    buffer[:, :k].copy_(weight.data)
+    weight.data = buffer[:, :k]
+    _packed[weight] = weight.data_ptr()
+
+
+def _is_generated(x: Node) -> bool:
+    """True where Inductor writes x with a kernel it generates, which can write straight into [x | s]."""
+    while match.is_method(x, *match.VIEWS, "transpose", "permute"):
+        x = x.args[0]
+    return x.op == "call_function" and x.target not in _NOT_GENERATED or x.op == "call_method"
+
+
+def pack_weights(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> None:
+    """Switches the groups of `gm` whose weights are packed to the K-extended form; packs the others first.
+
+    Raises:
+        Dynamo's restart of the frame, where a parameter moved.
+    """
+    values = dict(zip((node for node in gm.graph.nodes if node.op == "placeholder"), example_inputs, strict=True))
+    calls = [node for node in gm.graph.nodes if node.target is lora_linear.op]
+    moved = False
+    for call, row in zip(calls, [row for row in report.rewrites if row.pass_name == "lora_linear"], strict=False):
+        x, weights, _, lora_a = call.args[:4]
+        params = [values.get(weight) for weight in weights]
+        if sum(match.value(a).shape[0] for a in lora_a) > PAD or not _is_generated(x):
+            continue
+        if not all(isinstance(param, torch.nn.Parameter) and (is_packed(param) or _can_be_packed(param)) for param in params):
+            continue
+        for param in params:
+            if not is_packed(param):
+                _pack(param)
+                moved = True
+        call.args = (*call.args[:-2], "k_extended", call.args[-1])
+        row.provider = f"k_extended+{call.args[-1]}"
+    if moved:
+        raise _torch.RestartAnalysis(restart_reason="fastft packed frozen weights")
+    gm.recompile()
