@@ -106,15 +106,15 @@ def row_blocks(m, block_m: int):
     return (m + block_m - 1) // block_m
 
 
-def launch(dy: Tensor, s: Tensor, b: Tensor, config: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
-    """Runs the kernel with a configuration that `pick` gives."""
+def launch(dy: Tensor, s: Tensor, b: Tensor, config: tuple[int, int, int, int], kernel=None) -> tuple[Tensor, Tensor]:
+    """Runs the kernel with a configuration that `pick` gives; `kernel`: see low_rank.launch."""
     block_m, block_n, warps, stages = config
     dy, s, b = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, s, b))
     (m, n), r = dy.shape, s.shape[1]
     spans, span = column_spans(n, block_n)
     ds = dy.new_empty((spans, m, r), dtype=torch.float32)
     db = dy.new_empty((row_blocks(m, block_m), n, r), dtype=torch.float32)
-    lora_grads_kernel[(db.shape[0], spans)](
+    (kernel or lora_grads_kernel)[(db.shape[0], spans)](
         dy, s, b, ds, db, m, n, r, dy.stride(0), s.stride(0), b.stride(0), span,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(r)), num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -154,8 +154,3 @@ lora_grads = torch.ops.fastft.lora_grads.default
 def _flops(dy_shape, s_shape, b_shape, out_shape=None, **kwargs) -> int:
     return 4 * dy_shape[0] * dy_shape[1] * s_shape[1]
 
-
-def provider(device: torch.device, dtype: torch.dtype, ranks: list[int]) -> str:
-    """"one_read" where the kernel serves: CUDA, 16-bit, ranks of each linear that fit the registers; else "mm"."""
-    fits = triton is not None and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    return "one_read" if fits and max(ranks) <= MAX_RANK else "mm"

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from fastft.kernels import dropout as masks
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
-from fastft.kernels.lora_grads import lora_grads
-from fastft.kernels.lora_grads import provider as lora_grads_provider
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
-from fastft.kernels.packed import PAD, packed_mm
+from fastft.kernels import lora_grads, low_rank
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, triton
+from fastft.kernels.packed import PAD
+from fastft.kernels.packed import op as packed_linears
 
 # Key of `node.meta["custom"]` that fastft's partitioner turns into MUST_RECOMPUTE.
 RECOMPUTE = "fastft_recompute"
@@ -68,7 +68,8 @@ def lora_linear(
         lora_a: [r_j, K]. lora_b: [N_owner(j), r_j]. lora_biases: [N_owner(j)] or None.
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
         seeds: int32 [ceil(adapters / 2)] where a dropout is not 0, else None.
-        forward: "accumulate", "k_extended" (packed weights) or "plain". backward: "one_read" or "mm". The providers.
+        forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams) or
+            "k_extended" (packed weights). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
@@ -139,31 +140,18 @@ class _LoraLinear(torch.autograd.Function):
         weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
         ctx.x_dtype = x.dtype
         x = x.to(spec.dtype)
-        extended = spec.forward == "k_extended"
-        if any(spec.dropout):
-            s = [_dropped(spec, seeds, x, j) @ a.to(spec.dtype).t() for j, a in enumerate(lora_a)]
-            s = torch.cat(s, 1) if len(s) > 1 else s[0]
-            tail = torch.nn.functional.pad(s, (0, PAD - s.shape[1])) if extended else s
+        if spec.forward == "k_extended":
+            x, s, outputs = _k_extended(spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases)
         else:
-            tail = x @ _stack(lora_a, spec.dtype, PAD if extended else 0).t()
-            s = tail[:, : sum(a.shape[0] for a in lora_a)]
-        if extended:
-            x_extended = torch.cat([x, tail], 1)
-        outputs = []
-        for i, (start, end) in enumerate(_columns(spec, lora_a)):
-            b = _scaled_b(spec, lora_b, i)
-            bias = None if biases[i] is None else biases[i].to(spec.dtype)
-            for j in spec.owned(i):
-                if lora_biases[j] is not None:
-                    more = (lora_biases[j] * spec.scaling[j]).to(spec.dtype)
-                    bias = more if bias is None else bias + more
-            if extended:
-                b = torch.nn.functional.pad(b, (start, PAD - end))
-                outputs.append(packed_mm(x_extended, weights[i], b, bias))
-                continue
-            low_rank = low_rank_mm(s[:, start:end], b.t(), bias)
-            w = weights[i].to(spec.dtype).t()
-            outputs.append(accumulate_mm(low_rank, x, w) if spec.forward == "accumulate" else x @ w + low_rank)
+            s = _low_rank_input(spec, seeds, x, lora_a)
+            outputs = []
+            for i, (start, end) in enumerate(_columns(spec, lora_a)):
+                b, bias = _scaled_b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
+                s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
+                if spec.forward == "outer":
+                    outputs.append(accumulate_mm(low_rank_mm(s_i, b, bias), x, w))
+                else:
+                    outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
         ctx.spec = spec
         ctx.save_for_backward(x, s, seeds, *tensors)
         return tuple(outputs)
@@ -174,6 +162,43 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(grads[0].device.type, enabled=False):
             dx, *rest = _backward(spec, ctx.needs_input_grad[2:], ctx.saved_tensors, grads)
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
+
+
+def _low_rank_input(spec: Spec, seeds, x: Tensor, lora_a) -> Tensor:
+    """s = x [A_0; A_1; ...]^T, [M, sum r]; with dropout each adapter sees its own x."""
+    if not any(spec.dropout):
+        return x @ _stack(lora_a, spec.dtype).t()
+    parts = [_dropped(spec, seeds, x, j) @ a.to(spec.dtype).t() for j, a in enumerate(lora_a)]
+    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+
+def _bias(spec: Spec, biases, lora_biases, linear: int) -> Tensor | None:
+    """The base bias and the scaled biases of the linear's adapters in one."""
+    total = None if biases[linear] is None else biases[linear].to(spec.dtype)
+    for j in spec.owned(linear):
+        if lora_biases[j] is not None:
+            more = (lora_biases[j] * spec.scaling[j]).to(spec.dtype)
+            total = more if total is None else total + more
+    return total
+
+
+def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases):
+    """`(x, s, outputs)` by the K-extended GEMMs; x comes back as a view of its padded buffer."""
+    k = x.shape[1]
+    # Inductor writes x straight into the wider buffer, as long as nothing else reads it.
+    extended = torch.cat([x, x.new_zeros((x.shape[0], PAD))], 1)
+    x = extended[:, :k]
+    if any(spec.dropout):
+        s = _low_rank_input(spec, seeds, x, lora_a)
+        low_rank = torch.nn.functional.pad(s, (0, PAD - s.shape[1]))
+    else:
+        low_rank = _stack(lora_a, spec.dtype, PAD)
+    tails = []
+    for i, (start, end) in enumerate(_columns(spec, lora_a)):
+        tails.append(torch.nn.functional.pad(_scaled_b(spec, lora_b, i), (start, PAD - end)))
+    total = [_bias(spec, biases, lora_biases, i) for i in range(spec.linears)]
+    s, *outputs = packed_linears(extended, low_rank, any(spec.dropout), list(weights), tails, total)
+    return x, s[:, : sum(a.shape[0] for a in lora_a)], outputs
 
 
 def _stack(lora_a, dtype: torch.dtype, rows: int = 0) -> Tensor:
@@ -199,7 +224,7 @@ def _backward(spec: Spec, needs, saved, dy):
         scaled_b = _scaled_b(spec, lora_b, i)
         ranks = [lora_a[j].shape[0] for j in owned]
         if spec.backward == "one_read" and any(need_b[j] for j in owned):
-            ds_parts, db_parts = lora_grads(dy[i], s[:, start:end], scaled_b)
+            ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], scaled_b)
             ds_i, db_i = ds_parts.sum(0).to(spec.dtype), db_parts.sum(0)
         else:
             ds_i = dy[i] @ scaled_b
@@ -230,7 +255,9 @@ def _backward(spec: Spec, needs, saved, dy):
         if any(need_a):
             parts = _mm(ds_all.t(), x, wide).split([a.shape[0] for a in lora_a])
             d_a = [part.to(a.dtype) if need else None for part, a, need in zip(parts, lora_a, need_a, strict=True)]
-        dx = low_rank_mm(ds_all, _stack(lora_a, spec.dtype), None) if needs_x else None
+        if needs_x:
+            stacked = _stack(lora_a, spec.dtype)
+            dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
     if needs_x:
         for i, w in enumerate(weights):
             dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))
@@ -238,6 +265,17 @@ def _backward(spec: Spec, needs, saved, dy):
 
 
 def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
-    """The providers `(forward, backward)` for a group on input `x` (a fake tensor), computed in `dtype`, with these ranks
-    (the sum over its adapters for each linear)."""
-    return "accumulate", lora_grads_provider(x.device, dtype, ranks)
+    """The providers `(forward, backward)` for a group.
+
+    Args:
+        x: the group's input, a fake tensor. dtype: of the arithmetic. ranks: of each linear, summed over its adapters.
+
+    Where sizes are symbolic cuBLAS does all: Inductor launches the kernels itself only at fixed sizes, and as custom ops
+    they cost the host 40 us a call (passes/inline_kernels.py).
+    """
+    fixed = all(isinstance(size, int) for size in x.shape)
+    kernels = fixed and triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    return (
+        "outer" if kernels and max(ranks) <= low_rank.MAX_RANK else "accumulate",
+        "one_read" if kernels and max(ranks) <= lora_grads.MAX_RANK else "mm",
+    )
