@@ -67,7 +67,7 @@ def lora_linear(
         x: [..., K]. weights: [N_i, K]. biases: [N_i] or None.
         lora_a: [r_j, K]. lora_b: [N_owner(j), r_j]. lora_biases: [N_owner(j)] or None.
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
-        seeds: int32 [ceil(adapters / 2)] where a dropout is not 0, else None.
+        seeds: int32 [ceil(adapters / 2), ...] where a dropout is not 0, else None.
         forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams) or
             "k_extended" (packed weights). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
     Returns:
@@ -77,6 +77,8 @@ def lora_linear(
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.is_floating_point() else x.dtype
     spec = Spec(len(weights), tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype)
+    if seeds is not None:
+        seeds = seeds.reshape(seeds.shape[0], -1)
     with torch.autocast(device, enabled=False):
         outputs = _LoraLinear.apply(
             spec, seeds, x.reshape(-1, x.shape[-1]), *weights, *biases, *lora_a, *lora_b, *lora_biases
@@ -123,7 +125,7 @@ def _dropped(spec: Spec, seeds: Tensor, x: Tensor, adapter: int) -> Tensor:
     if p == 0:
         return x
     with _recomputed():
-        keep = masks.keep_mask(seeds, adapter, p, x.shape[0], x.shape[1], x.device)
+        keep = masks.keep_mask(seeds, adapter, p, x.shape[1])
         return torch.where(keep, x * masks.scale(p), 0.0).to(x.dtype)
 
 

@@ -44,12 +44,12 @@ def reference(s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def reference_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: list[int], dropout: list[float]) -> Tensor:
-    """s: [M, R], b: [R, N], seeds: int32; ranks and dropout: one entry an adapter; returns [M, N]. The specification."""
+    """s: [M, R], b: [R, N], seeds: int32 [n, M]; ranks and dropout: one entry an adapter; returns [M, N]. The specification."""
     total = None
     for j, (part, rows) in enumerate(zip(s.split(ranks, 1), b.split(ranks), strict=True)):
         term = torch.mm(part, rows)
         if dropout[j] > 0:
-            keep = masks.keep_mask(seeds, j, dropout[j], term.shape[0], term.shape[1], term.device)
+            keep = masks.keep_mask(seeds, j, dropout[j], term.shape[1])
             term = torch.where(keep, term * masks.scale(dropout[j]), 0.0).to(term.dtype)
         total = term if total is None else total + term
     return total
@@ -109,8 +109,8 @@ if triton is not None:
             if THRESHOLDS[j] == 0:
                 total = tl.dot(s, b, total)
             else:
-                seed = tl.load(seeds_ptr + j // 2)
-                bits = _lowbias32(_lowbias32(rows + seed)[:, None] ^ (cols * -1640531535)[None, :])  # 0x9E3779B1 as int32
+                seed = tl.load(seeds_ptr + (j // 2) * M + rows, mask=in_m, other=0)
+                bits = _lowbias32(seed[:, None] ^ (cols * -1640531535)[None, :])  # 0x9E3779B1 as int32
                 if j % 2 == 1:
                     bits = bits >> 16
                 keep = (bits & 0xFFFF) >= THRESHOLDS[j]

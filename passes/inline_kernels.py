@@ -56,7 +56,8 @@ def _fixed(value: object) -> bool:
 
 def _inline(graph: Graph, node: Node, traced, values: list) -> None:
     """Puts the nodes that `traced` makes of `values` in the place of `node`."""
-    body = make_fx(traced)(*values).graph
+    with values[0].fake_mode:
+        body = make_fx(traced)(*values).graph
     env: dict[Node, Node] = {}
     inputs = iter(node.args)
     with graph.inserting_before(node):

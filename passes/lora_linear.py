@@ -242,6 +242,18 @@ def _ready(gm: GraphModule, node: Node, position: dict[Node, int], before: Node)
     return node
 
 
+def _leading_sizes(gm: GraphModule, x: Node) -> list[int | Node]:
+    """Every size of x but the last: numbers, or nodes where Dynamo made them symbolic."""
+    sizes = []
+    for dim, size in enumerate(value(x).shape[:-1]):
+        if not isinstance(size, int):
+            node = gm.graph.call_method("size", (x, dim))
+            node.meta = {**x.meta, "example_value": size}
+            size = node
+        sizes.append(size)
+    return sizes
+
+
 def _replace(gm: GraphModule, group: list[Linear], position: dict[Node, int]) -> Match:
     # A group stands where its first base linear stood; a single one where its sum stood, when all inputs are there.
     anchor = group[0].base if len(group) > 1 else group[0].result
@@ -256,10 +268,11 @@ def _replace(gm: GraphModule, group: list[Linear], position: dict[Node, int]) ->
         seeds = None
         if any(dropout):
             # Drawn from the device's default generator, so that torch.manual_seed and checkpointing govern it.
-            size = [(len(adapters) + 1) // 2]
-            device = value(group[0].x).device
+            size = [(len(adapters) + 1) // 2, *_leading_sizes(gm, group[0].x)]
             seeds = gm.graph.call_function(
-                torch.randint, (-(1 << 31), (1 << 31) - 1, size), {"dtype": torch.int32, "device": device}
+                torch.randint,
+                (-(1 << 31), (1 << 31) - 1, size),
+                {"dtype": torch.int32, "device": value(group[0].x).device},
             )
             seeds.meta = {**group[0].base.meta, "example_value": None}
         weights, biases = zip(*(linear_args(linear.base)[1:] for linear in group), strict=True)
