@@ -106,15 +106,15 @@ def row_blocks(m, block_m: int):
     return (m + block_m - 1) // block_m
 
 
-def launch(dy: Tensor, s: Tensor, b: Tensor, config: tuple[int, int, int, int], kernel=None) -> tuple[Tensor, Tensor]:
-    """Runs the kernel with a configuration that `pick` gives; `kernel`: see low_rank.launch."""
+def launch(dy: Tensor, s: Tensor, b: Tensor, config: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+    """Runs the kernel with a configuration that `pick` gives."""
     block_m, block_n, warps, stages = config
     dy, s, b = (t if t.stride(1) == 1 else t.contiguous() for t in (dy, s, b))
     (m, n), r = dy.shape, s.shape[1]
     spans, span = column_spans(n, block_n)
     ds = dy.new_empty((spans, m, r), dtype=torch.float32)
     db = dy.new_empty((row_blocks(m, block_m), n, r), dtype=torch.float32)
-    (kernel or lora_grads_kernel)[(db.shape[0], spans)](
+    lora_grads_kernel[(db.shape[0], spans)](
         dy, s, b, ds, db, m, n, r, dy.stride(0), s.stride(0), b.stride(0), span,
         BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(r)), num_warps=warps, num_stages=stages,
     )  # fmt: skip

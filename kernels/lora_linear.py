@@ -2,12 +2,14 @@
 
     y_i = x W_i^T + b_i + sum_j scaling_j * (dropout_j(x) A_j^T) B_j^T      for every adapter j that linear i owns
 
-    forward     s  = x [A_0; A_1; ...]^T                  one skinny GEMM for the group
-                y_i = s_i (scaling B_i)^T + b_i ; y_i += x W_i^T                    (added inside the GEMM)
-    backward    dS_i = dY_i (scaling B_i) ; dB_i = scaling dY_i^T s_i               (one read of dY_i where a kernel serves)
-                dA = dS^T x                               one GEMM for the group
-                dX = dS [A_0; A_1; ...] ; dX += dY_i W_i  (added inside the GEMMs)
+    forward     s  = x [scaling A_0; scaling A_1; ...]^T  one skinny GEMM for the group
+                y_i = s_i B_i^T + b_i ; y_i += x W_i^T    (added inside the GEMM)
+    backward    dS_i = dY_i B_i ; dB_i = dY_i^T s_i       (one read of dY_i where a kernel serves)
+                dA = scaling dS^T x                       one GEMM for the group
+                dX = dS [scaling A_0; ...] ; dX += dY_i W_i                         (added inside the GEMMs)
     saves       x and s
+
+The scaling is folded into A, which is stacked and cast anyway, and not into B: two launches fewer for every linear.
 
 The op decomposes into ATen while AOTAutograd traces: the joint graph holds plain `mm`s (and `accumulate_mm`), so the
 partitioner and Inductor see through it, and nothing is saved that the unrewritten model would not save.
@@ -18,16 +20,20 @@ their gradients come back in float32. float32 bases stay float32.
 
 import dataclasses
 import itertools
+import math
 
 import torch
 from torch import Tensor
 
 from fastft.kernels import dropout as masks
-from fastft.kernels.accumulate import LIBRARY, accumulate_mm
 from fastft.kernels import lora_grads, low_rank
+from fastft.kernels.accumulate import LIBRARY, accumulate_mm
 from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, triton
 from fastft.kernels.packed import PAD
 from fastft.kernels.packed import op as packed_linears
+
+# Rows of x from which the kernels are used (see `choose`).
+MIN_ROWS = 4096
 
 # Key of `node.meta["custom"]` that fastft's partitioner turns into MUST_RECOMPUTE.
 RECOMPUTE = "fastft_recompute"
@@ -113,10 +119,10 @@ def _recomputed():
     return torch.fx.traceback.annotate({RECOMPUTE: True})
 
 
-def _scaled_b(spec: Spec, lora_b, linear: int) -> Tensor:
-    """[N, sum r]: the linear's B matrices side by side, times their scaling, in the dtype of the arithmetic."""
+def _b(spec: Spec, lora_b, linear: int) -> Tensor:
+    """[N, sum r]: the linear's B matrices side by side, in the dtype of the arithmetic."""
     with _recomputed():
-        parts = [(lora_b[j] * spec.scaling[j]).to(spec.dtype) for j in spec.owned(linear)]
+        parts = [lora_b[j].to(spec.dtype) for j in spec.owned(linear)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
@@ -148,7 +154,7 @@ class _LoraLinear(torch.autograd.Function):
             s = _low_rank_input(spec, seeds, x, lora_a)
             outputs = []
             for i, (start, end) in enumerate(_columns(spec, lora_a)):
-                b, bias = _scaled_b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
+                b, bias = _b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
                 s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
                 if spec.forward == "outer":
                     outputs.append(accumulate_mm(low_rank_mm(s_i, b, bias), x, w))
@@ -169,8 +175,8 @@ class _LoraLinear(torch.autograd.Function):
 def _low_rank_input(spec: Spec, seeds, x: Tensor, lora_a) -> Tensor:
     """s = x [A_0; A_1; ...]^T, [M, sum r]; with dropout each adapter sees its own x."""
     if not any(spec.dropout):
-        return x @ _stack(lora_a, spec.dtype).t()
-    parts = [_dropped(spec, seeds, x, j) @ a.to(spec.dtype).t() for j, a in enumerate(lora_a)]
+        return x @ _stack(spec, lora_a).t()
+    parts = [_dropped(spec, seeds, x, j) @ _a(spec, lora_a, j).t() for j in range(spec.adapters)]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -194,19 +200,25 @@ def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_bias
         s = _low_rank_input(spec, seeds, x, lora_a)
         low_rank = torch.nn.functional.pad(s, (0, PAD - s.shape[1]))
     else:
-        low_rank = _stack(lora_a, spec.dtype, PAD)
+        low_rank = _stack(spec, lora_a, PAD)
     tails = []
     for i, (start, end) in enumerate(_columns(spec, lora_a)):
-        tails.append(torch.nn.functional.pad(_scaled_b(spec, lora_b, i), (start, PAD - end)))
+        tails.append(torch.nn.functional.pad(_b(spec, lora_b, i), (start, PAD - end)))
     total = [_bias(spec, biases, lora_biases, i) for i in range(spec.linears)]
     s, *outputs = packed_linears(extended, low_rank, any(spec.dropout), list(weights), tails, total)
     return x, s[:, : sum(a.shape[0] for a in lora_a)], outputs
 
 
-def _stack(lora_a, dtype: torch.dtype, rows: int = 0) -> Tensor:
-    """[sum r, K]: the A matrices one below the other, with rows of zeros up to `rows`."""
+def _a(spec: Spec, lora_a, adapter: int) -> Tensor:
+    """[r, K]: an A matrix times its scaling, in the dtype of the arithmetic."""
     with _recomputed():
-        parts = [a.to(dtype) for a in lora_a]
+        return (lora_a[adapter] * spec.scaling[adapter]).to(spec.dtype)
+
+
+def _stack(spec: Spec, lora_a, rows: int = 0) -> Tensor:
+    """[sum r, K]: the scaled A matrices one below the other, with rows of zeros up to `rows`."""
+    with _recomputed():
+        parts = [_a(spec, lora_a, j) for j in range(spec.adapters)]
         missing = rows - sum(a.shape[0] for a in lora_a)
         if missing > 0:
             parts.append(parts[0].new_zeros((missing, parts[0].shape[1])))
@@ -223,19 +235,19 @@ def _backward(spec: Spec, needs, saved, dy):
     wide = torch.promote_types(spec.dtype, torch.float32)
     for i, (start, end) in enumerate(_columns(spec, lora_a)):
         owned = spec.owned(i)
-        scaled_b = _scaled_b(spec, lora_b, i)
+        b = _b(spec, lora_b, i)
         ranks = [lora_a[j].shape[0] for j in owned]
         if spec.backward == "one_read" and any(need_b[j] for j in owned):
-            ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], scaled_b)
+            ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], b)
             ds_i, db_i = ds_parts.sum(0).to(spec.dtype), db_parts.sum(0)
         else:
-            ds_i = dy[i] @ scaled_b
+            ds_i = dy[i] @ b
             db_i = _mm(dy[i].t(), s[:, start:end], wide) if any(need_b[j] for j in owned) else None
         for j, part in zip(owned, ds_i.split(ranks, 1), strict=True):
             ds[j] = part
         if db_i is not None:
             for j, part in zip(owned, db_i.split(ranks, 1), strict=True):
-                d_b[j] = (part * spec.scaling[j]).to(lora_b[j].dtype) if need_b[j] else None
+                d_b[j] = part.to(lora_b[j].dtype) if need_b[j] else None
         if need_w[i]:
             d_weights[i] = _mm(dy[i].t(), x, weights[i].dtype)
         if need_bias[i] or any(need_lora_bias[j] for j in owned):
@@ -249,16 +261,17 @@ def _backward(spec: Spec, needs, saved, dy):
     if any(spec.dropout):
         for j, a in enumerate(lora_a):
             if need_a[j]:
-                d_a[j] = _mm(ds[j].t(), _dropped(spec, seeds, x, j), a.dtype)
+                d_a[j] = (_mm(ds[j].t(), _dropped(spec, seeds, x, j), wide) * spec.scaling[j]).to(a.dtype)
         if needs_x:
             ranks = [a.shape[0] for a in lora_a]
-            dx = low_rank_mm_dropout(ds_all, _stack(lora_a, spec.dtype), seeds, ranks, list(spec.dropout))
+            dx = low_rank_mm_dropout(ds_all, _stack(spec, lora_a), seeds, ranks, list(spec.dropout))
     else:
         if any(need_a):
             parts = _mm(ds_all.t(), x, wide).split([a.shape[0] for a in lora_a])
-            d_a = [part.to(a.dtype) if need else None for part, a, need in zip(parts, lora_a, need_a, strict=True)]
+            for j, part in enumerate(parts):
+                d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
         if needs_x:
-            stacked = _stack(lora_a, spec.dtype)
+            stacked = _stack(spec, lora_a)
             dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
     if needs_x:
         for i, w in enumerate(weights):
@@ -272,11 +285,18 @@ def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
     Args:
         x: the group's input, a fake tensor. dtype: of the arithmetic. ranks: of each linear, summed over its adapters.
 
-    Where sizes are symbolic cuBLAS does all: Inductor launches the kernels itself only at fixed sizes, and as custom ops
-    they cost the host 40 us a call (passes/inline_kernels.py).
+    The kernels are custom ops, 40 us of the host a call, so they pay where a linear keeps the GPU busy for longer than that:
+    Llama-1B on an H200, 2 x 1024 tokens: 43 ms a step with them, 30 for Inductor; 4 x 2048: 117 ms with them, 124 for
+    Inductor. Elsewhere, and where the number of rows is symbolic, cuBLAS does all.
     """
-    fixed = all(isinstance(size, int) for size in x.shape)
-    kernels = fixed and triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16)
+    rows = math.prod(x.shape[:-1])
+    kernels = (
+        triton is not None
+        and x.is_cuda
+        and dtype in (torch.bfloat16, torch.float16)
+        and isinstance(rows, int)
+        and rows >= MIN_ROWS
+    )
     return (
         "outer" if kernels and max(ranks) <= low_rank.MAX_RANK else "accumulate",
         "one_read" if kernels and max(ranks) <= lora_grads.MAX_RANK else "mm",

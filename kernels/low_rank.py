@@ -123,12 +123,12 @@ def _unit_columns(s: Tensor) -> Tensor:
     return s if s.stride(1) == 1 else s.contiguous()
 
 
-def launch(s: Tensor, b: Tensor, bias: Tensor | None, kernel=None) -> Tensor:
-    """s @ b + bias by the kernel; `kernel` is the traceable wrapper that passes/inline_kernels.py hands over."""
+def launch(s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """s @ b + bias by the kernel."""
     s = _unit_columns(s)
     (m, r), n = s.shape, b.shape[1]
     out = s.new_empty((m, n))
-    (kernel or low_rank_kernel)[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+    low_rank_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
         s, b, s if bias is None else bias, out, m, n, r, s.stride(0), b.stride(0), b.stride(1), HAS_BIAS=bias is not None,
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=max(16, triton.next_power_of_2(r)), num_warps=WARPS,
     )  # fmt: skip

@@ -4,7 +4,6 @@ Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bod
 """
 
 from fastft.passes.accumulate_inplace import accumulate_inplace
-from fastft.passes.inline_kernels import inline_kernels
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
 
@@ -16,7 +15,6 @@ STAGE_1 = [
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):
 POST_GRAD = [
     accumulate_inplace,  # fastft::accumulate_mm -> aten.addmm_ where the summand dies there
-    inline_kernels,  # fastft's Triton kernels launched by Inductor's own wrapper
 ]
 
 # What `options={"disable": [...]}` may name.
