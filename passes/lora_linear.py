@@ -94,7 +94,7 @@ def _unscale(node: Node) -> tuple[Node, float]:
 
 
 def _low_rank(node: Node) -> Adapter | None:
-    """Parses `linear(s * linear(dropout(x), A), B)` with rank below both outer dimensions."""
+    """Parses `linear(s * linear(dropout(x), A), B)`, of any rank."""
     if not is_linear(node):
         return None
     inner, b, bias = linear_args(node)
@@ -104,8 +104,7 @@ def _low_rank(node: Node) -> Adapter | None:
     x, a, a_bias = linear_args(inner)
     if a_bias is not None or value(a).dim() != 2 or value(b).dim() != 2:
         return None
-    rank, width = value(a).shape
-    if rank >= width or rank >= value(b).shape[0] or (bias is not None and scaling != 1.0):
+    if bias is not None and scaling != 1.0:
         return None
     x, p = strip_casts(x), 0.0
     if is_function(x, torch.nn.functional.dropout):
@@ -123,7 +122,10 @@ def _collect(gm: GraphModule, chains: dict[Node, Adapter]) -> tuple[list[Linear]
     for node, adapter in chains.items():
         joined = _join(node, adapter, owner)
         if isinstance(joined, Miss):
-            misses.append(joined)
+            # Two linears in a row are a candidate only where the one between is narrow; joined ones are right at any rank.
+            rank, width = value(adapter.a).shape
+            if rank < min(width, value(adapter.b).shape[0]):
+                misses.append(joined)
         else:
             owner[joined.result] = joined
     complete = []

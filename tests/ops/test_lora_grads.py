@@ -5,9 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from .targets import TARGETS, resources  # noqa: E402
+
+from fastft.kernels import lora_grads  # noqa: E402
 
 INTERPRETED = """
 import itertools, torch
@@ -34,46 +37,12 @@ def test_interpreted_kernel_equals_the_reference():
     assert run.returncode == 0, run.stderr[-2000:]
 
 
-@pytest.mark.parametrize(
-    "capability, memory",
-    [(80, 163 << 10), (86, 99 << 10), (89, 99 << 10), (90, 227 << 10), (100, 227 << 10), (120, 99 << 10)],
-)
+@pytest.mark.parametrize("capability, memory", TARGETS)
 @pytest.mark.parametrize("rank", [16, 64])
 def test_compiles_without_spills_within_shared_memory(capability, memory, rank):
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fastft.kernels import lora_grads
-
     block_m, block_n, warps, stages = lora_grads.pick(memory, rank)
-    pointers = dict.fromkeys(("dy_ptr", "s_ptr", "b_ptr"), "*bf16") | dict.fromkeys(("ds_ptr", "db_ptr"), "*fp32")
-    integers = dict.fromkeys(("M", "N", "R", "stride_dy", "stride_s", "stride_b", "span"), "i32")
+    types = dict.fromkeys(("dy_ptr", "s_ptr", "b_ptr"), "*bf16") | dict.fromkeys(("ds_ptr", "db_ptr"), "*fp32")
+    types |= dict.fromkeys(("M", "N", "R", "stride_dy", "stride_s", "stride_b", "span"), "i32")
     constants = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_R": rank}
-    names = lora_grads.lora_grads_kernel.arg_names
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, *integers)}
-    source = ASTSource(
-        lora_grads.lora_grads_kernel,
-        signature=pointers | integers | dict.fromkeys(constants, "constexpr"),
-        constexprs=constants,
-        attrs=aligned,
-    )
-    target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
-    assert kernel.metadata.shared <= memory
-    usage = _resources(kernel.asm["cubin"])
-    assert usage["spill"] == 0, usage
-
-
-def _resources(cubin: bytes) -> dict[str, int]:
-    """Registers and local memory (spills and stack) from the cubin, read with the cuobjdump that Triton carries."""
-    import pathlib
-    import re
-    import tempfile
-
-    tool = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        out = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", out)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return {"registers": registers, "spill": stack + local}
+    needs = resources(lora_grads.lora_grads_kernel, types, constants, capability, num_warps=warps, num_stages=stages)
+    assert needs["spilled"] == 0 and needs["shared"] <= memory, needs

@@ -1,0 +1,63 @@
+"""The kernels of the low-rank outer products: numerics and masks in Triton's interpreter, resources on every target GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+from .targets import TARGETS, resources  # noqa: E402
+
+from fastft.kernels import low_rank  # noqa: E402
+
+INTERPRETED = """
+import torch
+from fastft.kernels import low_rank
+torch.manual_seed(0)
+half = torch.float16
+for m, n, ranks, dropout in [
+    (130, 200, (16,), (0.0,)), (5, 64, (3,), (0.0,)), (129, 300, (16, 8, 1), (0.1, 0.0, 0.5)), (64, 64, (33, 7), (0.05, 0.05)),
+]:
+    total = sum(ranks)
+    s = torch.randn(m, total + 3, dtype=half)[:, :total]  # a slice, as the graph hands it over
+    b = torch.randn(n, total, dtype=half).t()
+    bias = torch.randn(n, dtype=half)
+    seeds = torch.randint(-(2**31), 2**31 - 1, (2, m), dtype=torch.int32)
+    out = low_rank.launch_dropout(s, b, seeds, ranks, dropout)
+    want = low_rank.reference_dropout(s.double(), b.double(), seeds, list(ranks), list(dropout))
+    assert torch.equal(out == 0, want == 0), "the masks differ from the reference's"
+    assert (out - want).norm() / want.norm() < 5e-4
+    for given in (bias, None):
+        out, want = low_rank.launch(s, b, given), low_rank.reference(s.double(), b.double(), None if given is None else given.double())
+        assert (out - want).norm() / want.norm() < 5e-4
+"""
+
+
+def test_interpreted_kernels_equal_the_references():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", INTERPRETED], env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+BLOCKS = {"BLOCK_M": low_rank.BLOCK_M, "BLOCK_N": low_rank.BLOCK_N}
+STRIDES = ("M", "N", "stride_s", "stride_br", "stride_bn")
+
+
+@pytest.mark.parametrize("capability, memory", TARGETS)
+def test_outer_product_compiles_without_spills(capability, memory):
+    types = dict.fromkeys(("s_ptr", "b_ptr", "bias_ptr", "out_ptr"), "*bf16") | dict.fromkeys((*STRIDES, "R"), "i32")
+    constants = BLOCKS | {"HAS_BIAS": True, "BLOCK_R": low_rank.MAX_RANK}
+    needs = resources(low_rank.low_rank_kernel, types, constants, capability, num_warps=low_rank.WARPS)
+    assert needs["spilled"] == 0 and needs["shared"] <= memory, needs
+
+
+@pytest.mark.parametrize("capability, memory", TARGETS)
+def test_outer_product_with_dropout_compiles_without_spills(capability, memory):
+    types = dict.fromkeys(("s_ptr", "b_ptr", "out_ptr"), "*bf16") | {"seeds_ptr": "*i32"} | dict.fromkeys(STRIDES, "i32")
+    three = {"STARTS": (0, 16, 32), "RANKS": (16, 16, 16), "THRESHOLDS": (3277, 3277, 3277), "SCALES": (1.05, 1.05, 1.05)}
+    needs = resources(
+        low_rank.low_rank_dropout_kernel, types, BLOCKS | three | {"BLOCK_R": 16}, capability, num_warps=low_rank.WARPS
+    )
+    assert needs["spilled"] == 0 and needs["shared"] <= memory, needs
