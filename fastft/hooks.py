@@ -13,7 +13,8 @@ import torch
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import CheckpointPolicy
 
-import fastft
+import fastft.kernels
+import fastft.passes
 from fastft import _torch
 from fastft.kernels.lora_linear import RECOMPUTE
 from fastft.options import Options
@@ -23,9 +24,6 @@ from fastft.runner import warn_dropped
 @functools.cache
 def source_hash() -> str:
     """SHA-256 over the version and every Python source of fastft, its passes and its kernels."""
-    import fastft.kernels
-    import fastft.passes
-
     digest = hashlib.sha256(fastft.__version__.encode())
     for package in (fastft, fastft.passes, fastft.kernels):
         folder = pathlib.Path(package.__file__).parent

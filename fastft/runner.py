@@ -21,8 +21,7 @@ def warn_dropped(what: str, error: BaseException) -> str:
     """The one warning for something that failed and was dropped; returns the error as the report's row gives it."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     warnings.warn(
-        f"fastft: {what} failed and was dropped; the model runs without it ({text}). "
-        'options={"strict": True} raises instead.',
+        f'fastft: {what} failed and was dropped; the model runs without it ({text}). options={{"strict": True}} raises instead.',
         stacklevel=3,
     )
     return text
@@ -78,9 +77,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     return twin
 
 
-def run_passes(
-    gm: GraphModule, passes: list[Callable], options: Options, report: Report, without: Collection[str] = ()
-) -> GraphModule:
+def run_passes(gm: GraphModule, passes: list[Callable], options: Options, report: Report, without: Collection[str] = ()) -> GraphModule:
     """Applies `passes` to `gm` and its bodies in place and fills `report`; returns the graph module to compile."""
     report.nodes_before = node_count(gm)
     for run in passes:

@@ -73,9 +73,7 @@ if triton is not None:
         for offset in range(0, span, BLOCK_N):
             cols = start + offset + tl.arange(0, BLOCK_N)
             in_n = (cols < N) & (offset + tl.arange(0, BLOCK_N) < span)
-            dy = tl.load(
-                dy_ptr + wide_rows[:, None] * stride_dy + cols[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0
-            )
+            dy = tl.load(dy_ptr + wide_rows[:, None] * stride_dy + cols[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
             b = tl.load(b_ptr + cols[:, None] * stride_b + ranks[None, :], mask=in_n[:, None] & in_r[None, :], other=0.0)
             ds = tl.dot(dy, b, ds)
             db = tl.dot(tl.trans(dy), s)
@@ -153,4 +151,3 @@ lora_grads = torch.ops.fastft.lora_grads.default
 @register_flop_formula(torch.ops.fastft.lora_grads)
 def _flops(dy_shape, s_shape, b_shape, out_shape=None, **kwargs) -> int:
     return 4 * dy_shape[0] * dy_shape[1] * s_shape[1]
-

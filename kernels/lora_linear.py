@@ -64,9 +64,7 @@ class Spec:
         return [j for j, owner in enumerate(self.owner) if owner == linear]
 
 
-def lora_linear(
-    x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, dropout, seeds, forward, backward
-) -> list[Tensor]:
+def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, dropout, seeds, forward, backward) -> list[Tensor]:
     """See the module's docstring.
 
     Args:
@@ -86,9 +84,7 @@ def lora_linear(
     if seeds is not None:
         seeds = seeds.reshape(seeds.shape[0], -1)
     with torch.autocast(device, enabled=False):
-        outputs = _LoraLinear.apply(
-            spec, seeds, x.reshape(-1, x.shape[-1]), *weights, *biases, *lora_a, *lora_b, *lora_biases
-        )
+        outputs = _LoraLinear.apply(spec, seeds, x.reshape(-1, x.shape[-1]), *weights, *biases, *lora_a, *lora_b, *lora_biases)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
@@ -290,13 +286,7 @@ def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
     Inductor. Elsewhere, and where the number of rows is symbolic, cuBLAS does all.
     """
     rows = math.prod(x.shape[:-1])
-    kernels = (
-        triton is not None
-        and x.is_cuda
-        and dtype in (torch.bfloat16, torch.float16)
-        and isinstance(rows, int)
-        and rows >= MIN_ROWS
-    )
+    kernels = triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16) and isinstance(rows, int) and rows >= MIN_ROWS
     return (
         "outer" if kernels and max(ranks) <= low_rank.MAX_RANK else "accumulate",
         "one_read" if kernels and max(ranks) <= lora_grads.MAX_RANK else "mm",

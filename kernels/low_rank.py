@@ -76,9 +76,7 @@ if triton is not None:
         in_m, in_n, in_r = rows < M, cols < N, ranks < R
         wide_rows = rows.to(tl.int64)
         s = tl.load(s_ptr + wide_rows[:, None] * stride_s + ranks[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        b = tl.load(
-            b_ptr + ranks[:, None] * stride_br + cols[None, :] * stride_bn, mask=in_r[:, None] & in_n[None, :], other=0.0
-        )
+        b = tl.load(b_ptr + ranks[:, None] * stride_br + cols[None, :] * stride_bn, mask=in_r[:, None] & in_n[None, :], other=0.0)
         total = tl.dot(s, b)
         if HAS_BIAS:
             total += tl.load(bias_ptr + cols, mask=in_n, other=0.0).to(tl.float32)[None, :]
@@ -100,12 +98,8 @@ if triton is not None:
         for j in tl.static_range(len(RANKS)):
             in_r = ranks < RANKS[j]
             column = STARTS[j] + ranks
-            s = tl.load(
-                s_ptr + wide_rows[:, None] * stride_s + column[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0
-            )
-            b = tl.load(
-                b_ptr + column[:, None] * stride_br + cols[None, :] * stride_bn, mask=in_r[:, None] & in_n[None, :], other=0.0
-            )
+            s = tl.load(s_ptr + wide_rows[:, None] * stride_s + column[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+            b = tl.load(b_ptr + column[:, None] * stride_br + cols[None, :] * stride_bn, mask=in_r[:, None] & in_n[None, :], other=0.0)
             if THRESHOLDS[j] == 0:
                 total = tl.dot(s, b, total)
             else:

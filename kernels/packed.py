@@ -18,14 +18,10 @@ from fastft.kernels.accumulate import LIBRARY
 
 PAD = 64
 
-LIBRARY.define(
-    "packed_linears(Tensor x, Tensor low_rank, bool is_s, Tensor[] weights, Tensor[] tails, Tensor?[] biases) -> Tensor[]"
-)
+LIBRARY.define("packed_linears(Tensor x, Tensor low_rank, bool is_s, Tensor[] weights, Tensor[] tails, Tensor?[] biases) -> Tensor[]")
 
 
-def packed_linears(
-    x: Tensor, low_rank: Tensor, is_s: bool, weights: list[Tensor], tails: list[Tensor], biases: list[Tensor | None]
-) -> list[Tensor]:
+def packed_linears(x: Tensor, low_rank: Tensor, is_s: bool, weights: list[Tensor], tails: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     """See the module's docstring.
 
     Args:
