@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 # A backend may ask Dynamo to trace its frame again by raising this; any other exception counts as a failed compile.
+from torch._dynamo.exc import RestartAnalysis as AnyRestart
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -31,6 +32,7 @@ def isolated_compile(model: Callable, backend: Callable) -> Callable:
 
 
 __all__ = [
+    "AnyRestart",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "RestartAnalysis",

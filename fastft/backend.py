@@ -51,6 +51,8 @@ def fastft(
         try:
             compiled = _compile(rewritten, example_inputs, checked)
             break
+        except _torch.AnyRestart:
+            raise  # Inductor asks Dynamo to trace the frame again: no failure
         except Exception as error:
             # A lowering or a fake of ours may be what failed: take back the last rewrite that did something.
             applied = [rewrite.pass_name for rewrite in row.rewrites]

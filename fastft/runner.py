@@ -91,12 +91,12 @@ def run_passes(gm: GraphModule, passes: list[Callable], options: Options, report
             for module in match.graph_modules(gm):
                 for result in run(module):
                     if isinstance(result, Match):
-                        paths = [match.module_path(node) for node in result.nodes]
+                        paths = [path for node in result.nodes if (path := match.module_path(node))]
                         source = match.source_line(result.nodes[0])
                         rewrites.append(Rewrite(name, result.op, result.provider, paths, source))
                     else:
                         path, source = match.module_path(result.node), match.source_line(result.node)
-                        misses.append(MissRow(name, result.reason, [path], source))
+                        misses.append(MissRow(name, result.reason, [path] if path else [], source))
                 module.graph.lint()
         except Exception as error:
             if options.strict:
