@@ -1,4 +1,4 @@
-"""The numerics contract of docs/DESIGN.md ("Numerics") as a check.
+"""The numerics contract of docs/design.md ("Numerics") as a check.
 
     contract.assert_contract(model, torch.compile(model, backend="fastft"), batch)
 

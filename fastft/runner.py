@@ -1,6 +1,6 @@
 """Runs the passes: in order, one after the other, each undone when it raises; lints, times, counts and reports.
 
-Passes know nothing of this. Contracts: DESIGN.md, "Never worse" and "Report".
+Passes know nothing of this. Contracts: docs/design.md, "Never worse" and "Report".
 """
 
 import collections

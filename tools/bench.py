@@ -8,8 +8,8 @@
 
 A step is forward, backward, clip_grad_norm_, fused AdamW and zero_grad; nothing in it waits for the device. Weights are random, bf16, made on
 the device, and the same in every system (each parameter is drawn from the seed and its name), so the loss and the gradient norm of the first
-step must agree with the first system's to 1 %: the table says where they do not. Adapters are bf16 by default, as FACTS.md's table most likely
-had them (15.0 GiB of weights for peft, 15.2 for Unsloth, which always keeps its adapters in fp32). Each system runs in its own process with
+step must agree with the first system's to 1 %: the table says where they do not. Adapters are bf16 by default (`--adapter-dtype fp32` is peft's own
+default; Unsloth always keeps its adapters in fp32). Each system runs in its own process with
 compile caches of its own, so the first step is a cold one; with `--rounds 2` the second round shows a warm one. "gemm probe" is one fixed
 8192x4096x14336 product before and after: where it drifts, the machine did. Peak memory is `max_memory_allocated` over the timed steps.
 
