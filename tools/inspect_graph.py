@@ -205,7 +205,7 @@ def render(reports: list[Report], breaks: list[str], cache: dict[str, int], seco
         for reason in breaks:
             rows.add_row(Text(reason, "yellow"))
         parts.append(rows)
-    rewritten = sum(len(row.fqn) for report in reports for row in report.rewrites)
+    rewritten = sum(max(len(row.fqn), 1) for report in reports for row in report.rewrites)  # plain parameters have no path
     missed = sum(len(report.misses) + len(report.dropped) for report in reports)
     rewriting = sum(report.rewrite_seconds for report in reports)
     summary = table("summary", "what", "count")
