@@ -59,11 +59,13 @@ if triton is not None:
 
     @triton.jit
     def _lowbias32(x):
-        x = x ^ ((x >> 16) & 0xFFFF)
+        # As in kernels/dropout.py; unsigned, so that shifts are logical without masking.
+        x = x.to(tl.uint32, bitcast=True)
+        x = x ^ (x >> 16)
         x = x * 0x7FEB352D
-        x = x ^ ((x >> 15) & 0x1FFFF)
-        x = x * -2073254261  # 0x846CA68B as int32
-        return x ^ ((x >> 16) & 0xFFFF)
+        x = x ^ (x >> 15)
+        x = x * 0x846CA68B
+        return x ^ (x >> 16)
 
     @triton.jit
     def low_rank_kernel(
@@ -95,20 +97,22 @@ if triton is not None:
         in_m, in_n = rows < M, cols < N
         wide_rows = rows.to(tl.int64)
         total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for j in tl.static_range(len(RANKS)):
-            in_r = ranks < RANKS[j]
-            column = STARTS[j] + ranks
-            s = tl.load(s_ptr + wide_rows[:, None] * stride_s + column[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-            b = tl.load(b_ptr + column[:, None] * stride_br + cols[None, :] * stride_bn, mask=in_r[:, None] & in_n[None, :], other=0.0)
-            if THRESHOLDS[j] == 0:
-                total = tl.dot(s, b, total)
-            else:
-                seed = tl.load(seeds_ptr + (j // 2) * M + rows, mask=in_m, other=0)
-                bits = _lowbias32(seed[:, None] ^ (cols * -1640531535)[None, :])  # 0x9E3779B1 as int32
-                if j % 2 == 1:
-                    bits = bits >> 16
-                keep = (bits & 0xFFFF) >= THRESHOLDS[j]
-                total += tl.where(keep, tl.dot(s, b) * SCALES[j], 0.0)
+        for pair in tl.static_range((len(RANKS) + 1) // 2):
+            # One hash serves both adapters of a pair.
+            seed = tl.load(seeds_ptr + pair * M + rows, mask=in_m, other=0)
+            bits = _lowbias32(seed[:, None] ^ (cols * -1640531535)[None, :])  # 0x9E3779B1 as int32
+            for half in tl.static_range(2):
+                if 2 * pair + half < len(RANKS):
+                    in_r = ranks < RANKS[2 * pair + half]
+                    column = STARTS[2 * pair + half] + ranks
+                    s = tl.load(s_ptr + wide_rows[:, None] * stride_s + column[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+                    b = tl.load(
+                        b_ptr + column[:, None] * stride_br + cols[None, :] * stride_bn,
+                        mask=in_r[:, None] & in_n[None, :],
+                        other=0.0,
+                    )
+                    keep = ((bits >> (16 * half)) & 0xFFFF) >= THRESHOLDS[2 * pair + half]
+                    total += tl.where(keep, tl.dot(s, b) * SCALES[2 * pair + half], 0.0)
         out = out_ptr + wide_rows[:, None] * N + cols[None, :]
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
