@@ -97,10 +97,13 @@ def graph_breaks() -> Iterator[list[str]]:
         for item in _torch.graph_break_reasons[start:]:
             found.append(_reason(str(item.reason), item.user_stack))
         # A break where Dynamo cannot resume, in a loop or under a context manager: the whole function runs in eager.
-        for reason, count in _torch.counters["unimplemented"].items():
-            if count > before.get(reason, 0):
-                where = [line.strip() for line in str(reason).splitlines() if "debug context" in line]
-                found.append(f"function not compiled: {'; '.join([_reason(str(reason), []), *where])}")
+        skipped = [_skipped(str(text)) for text, count in _torch.counters["unimplemented"].items() if count > before.get(text, 0)]
+        found += [text for text in skipped if not any(text != other and text in other for other in skipped)]
+
+
+def _skipped(text: str) -> str:
+    context = [line.partition("debug context: ")[2] for line in text.splitlines() if "debug context: " in line]
+    return "; ".join([f"function not compiled: {_reason(text, [])}", *context])
 
 
 def _reason(text: str, stack: list) -> str:

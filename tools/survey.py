@@ -41,7 +41,7 @@ PREFIX = "base_model.model."
 def survey_type(model_type: str, backend: str, seq: int = 32, save: Callable[[dict], Any] = id) -> dict[str, Any]:
     """The row of one type; whatever raises ends up in its `error`, with the stage in front. `save` gets it when eager is done."""
     import torch
-    from torch._dynamo.utils import counters
+    from fastft._torch import counters
 
     import tiny
     from fastft import contract

@@ -1,0 +1,66 @@
+"""lora_linear on whole models: every adapter is found, in the right groups, and loss and gradients keep the contract."""
+
+import pytest
+import tiny
+from conftest import assert_same, batch_for, lora_modules, tiny_lora
+
+import fastft
+
+LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+# architecture -> the groups of one layer, in graph order
+GROUPS = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,  # base bias
+    "qwen3": LLAMA,
+    "gemma3_text": LLAMA,
+    "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
+    "gpt2": [["attn.c_attn"], ["attn.c_proj"], ["mlp.c_fc"], ["mlp.c_proj"]],  # Conv1D
+    "gpt_neox": [["query_key_value"], ["dense"], ["dense_h_to_4h"], ["dense_4h_to_h"]],
+    "mixtral": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],  # the experts are 3-D parameters
+    "qwen3_moe": [["q_proj", "k_proj", "v_proj"], ["o_proj"]],
+}
+
+
+def tails(groups: list[list[str]], like: list[list[str]]) -> list[list[str]]:
+    """The last components of module paths, as many as the table above gives."""
+    names = [[name for group in like for name in group if path.endswith("." + name)] for paths in groups for path in paths]
+    names = iter([found[0] if found else "?" for found in names])
+    return [[next(names) for _ in group] for group in groups]
+
+
+@pytest.mark.parametrize("arch", GROUPS)
+def test_every_adapter_is_rewritten_in_its_group(arch, rewriter):
+    model = tiny.add_lora(tiny.tiny_model(arch, layers=2, seq=16)).train()
+    assert_same(model, rewriter.compile(model), batch_for(model))
+    assert rewriter.misses == {}
+    assert rewriter.modules == lora_modules(model)
+    assert tails(rewriter.groups, GROUPS[arch]) == GROUPS[arch] * 2
+
+
+@pytest.mark.parametrize("arch, layers", [("llama", 1), ("llama", 4), ("gpt2", 3), ("qwen3_moe", 3)])
+def test_counts_grow_with_the_layers(arch, layers):
+    model = tiny.add_lora(tiny.tiny_model(arch, layers=layers, seq=16)).train()
+    found = fastft.explain(model, **batch_for(model))
+    rewrites = [row for report in found.graphs for row in report.rewrites]
+    assert len(rewrites) == layers * len(GROUPS[arch])
+    assert sum(len(row.fqn) for row in rewrites) == layers * sum(map(len, GROUPS[arch])) == len(lora_modules(model))
+    assert not any(report.misses or report.dropped for report in found.graphs)
+    assert {row.op for row in rewrites} == {"fastft::lora_linear"}
+    for row in rewrites:
+        file, _, line = row.source.rpartition(":")
+        assert file.startswith("transformers/") and int(line) > 0, row.source
+
+
+def test_partial_targets(rewriter):
+    model = tiny_lora(layers=2, target_modules=["q_proj", "v_proj", "up_proj"])
+    assert_same(model, rewriter.compile(model), batch_for(model))
+    assert tails(rewriter.groups, LLAMA) == [["q_proj", "v_proj"], ["up_proj"]] * 2
+    assert rewriter.modules == lora_modules(model) and not rewriter.misses
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3_text"])  # gemma3 ties its head to the embedding
+def test_lm_head(arch, rewriter):
+    model = tiny_lora(arch, target_modules=["q_proj", "lm_head"])
+    assert_same(model, rewriter.compile(model), batch_for(model))
+    assert rewriter.modules == lora_modules(model) == ["lm_head", "model.layers.0.self_attn.q_proj"]
