@@ -16,6 +16,7 @@ import torch
 
 # A backend may ask Dynamo to trace its frame again by raising this; any other exception counts as a failed compile.
 from torch._dynamo.exc import RestartAnalysis as AnyRestart
+from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -23,6 +24,10 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+
+
+class OptionError(ShortenTraceback, ValueError):
+    """A ValueError that Dynamo hands on as it is; others that a backend raises come out as BackendCompilerFailed."""
 
 
 def isolated_compile(model: Callable, backend: Callable) -> Callable:
@@ -35,6 +40,7 @@ __all__ = [
     "AnyRestart",
     "CustomGraphPass",
     "CustomPartitionerFn",
+    "OptionError",
     "RestartAnalysis",
     "compile_fx",
     "counters",

@@ -36,7 +36,10 @@ def fastft(
     Raises:
         ValueError: an unknown option, pass, mode or setting; the message names the nearest valid one.
     """
-    checked = Options.parse(options, mode, passes.NAMES)
+    try:
+        checked = Options.parse(options, mode, passes.NAMES)
+    except ValueError as error:
+        raise _torch.OptionError(str(error), first_useful_frame=None) from None
     if checked.strict:
         set_strict_kernels()
     start = time.perf_counter()
@@ -49,7 +52,7 @@ def fastft(
         if checked.pack_weights:
             pack_weights(rewritten, example_inputs, row)
         try:
-            compiled = _compile(rewritten, example_inputs, checked)
+            compiled = _compile(rewritten, example_inputs, checked, row)
             break
         except _torch.AnyRestart:
             raise  # Inductor asks Dynamo to trace the frame again: no failure
@@ -66,9 +69,9 @@ def fastft(
     return compiled
 
 
-def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row: report.Report) -> Callable[..., Any]:
     patches = dict(options.inductor)
-    patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options)
+    patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options, row)
     patches["custom_partitioner_fn"] = Partitioner(options)
     # The backward is lowered now rather than at the first backward call: an error in it can still be answered here.
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):

@@ -4,6 +4,7 @@ PyTorch's caches do not notice a changed pass, a changed lowering or a changed b
 144344): the uuid makes them miss.
 """
 
+import copy
 import functools
 import hashlib
 import pathlib
@@ -18,6 +19,7 @@ import fastft.passes
 from fastft import _torch
 from fastft.kernels.lora_linear import RECOMPUTE
 from fastft.options import Options
+from fastft.report import Report
 from fastft.runner import warn_dropped
 
 
@@ -40,19 +42,29 @@ def uuid(options: Options) -> str:
 class PassManager(_torch.CustomGraphPass):
     """Stages 4 and 5: fastft's passes on Inductor's forward and backward graphs."""
 
-    def __init__(self, passes: list[Callable[[Graph], int]], options: Options) -> None:
+    def __init__(self, passes: list[Callable[[Graph], int]], options: Options, report: Report | None = None) -> None:
         self.passes = [run for run in passes if run.__name__ not in options.disable]
         self.options = options
+        self.report = report
+        self.failed: set[str] = set()
 
     def __call__(self, graph: Graph) -> None:
         for run in self.passes:
             try:
-                run(graph)
-                graph.lint()
+                # On a copy first: a pass that raises halfway leaves the graph as it was.
+                trial = copy.deepcopy(graph)
+                run(trial)
+                trial.lint()
             except Exception as error:
                 if self.options.strict:
                     raise
-                warn_dropped(f"pass {run.__name__}", error)
+                if run.__name__ not in self.failed:  # forward and backward graph: one warning, one row
+                    self.failed.add(run.__name__)
+                    text = warn_dropped(f"pass {run.__name__}", error)
+                    if self.report is not None:
+                        self.report.dropped.append((run.__name__, text))
+                continue
+            run(graph)
 
     def uuid(self) -> str:
         return uuid(self.options)

@@ -103,6 +103,18 @@ def changes_state(node: Node) -> bool:
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _STATE_CHANGES
 
 
+def segments(gm: GraphModule) -> dict[Node, int]:
+    """A number for every node; nodes of one number have no write and no change of grad mode or autocast between them.
+
+    Any write counts, whatever it goes to: which tensors share memory with its target cannot be told for certain.
+    """
+    numbers, current = {}, 0
+    for node in gm.graph.nodes:
+        numbers[node] = current
+        current += changes_state(node) or is_mutating(node)
+    return numbers
+
+
 _HIGHER_ORDER_BODIES = {
     "tag_activation_checkpoint",
     "wrap_activation_checkpoint",

@@ -16,6 +16,10 @@ from torch import Tensor
 
 _STEPS = 1 << 16
 
+# Spreads the columns, so that rows whose seeds are close share no mask. Odd, and small enough that column * SPREAD stays
+# below 2^31 up to 178,000 columns: Inductor computes it as an index, in int32, where an overflow is undefined.
+SPREAD = 12043
+
 
 def scale(p: float) -> float:
     """What kept values are multiplied by: 1 / (1 - p), p rounded as the mask rounds it."""
@@ -44,7 +48,7 @@ def keep_mask(seeds: Tensor, adapter: int, p: float, cols: int) -> Tensor:
         adapter: index of the adapter in its group; it picks the seeds and the half of the hash.
     """
     col = torch.arange(cols, dtype=torch.int32, device=seeds.device)[None, :]
-    bits = _lowbias32(seeds[adapter // 2][:, None] ^ (col * (0x9E3779B1 - (1 << 32))))
+    bits = _lowbias32(seeds[adapter // 2][:, None] ^ (col * SPREAD))
     if adapter % 2:
         bits = bits >> 16
     return (bits & 0xFFFF) >= threshold(p)

@@ -100,7 +100,7 @@ if triton is not None:
         for pair in tl.static_range((len(RANKS) + 1) // 2):
             # One hash serves both adapters of a pair.
             seed = tl.load(seeds_ptr + pair * M + rows, mask=in_m, other=0)
-            bits = _lowbias32(seed[:, None] ^ (cols * -1640531535)[None, :])  # 0x9E3779B1 as int32
+            bits = _lowbias32(seed[:, None] ^ (cols * 12043)[None, :])  # dropout.SPREAD
             for half in tl.static_range(2):
                 if 2 * pair + half < len(RANKS):
                     in_r = ranks < RANKS[2 * pair + half]

@@ -10,8 +10,8 @@
 Taken (peft/tuners/lora/layer.py, `Linear.forward`, and hand-written forms of it): adapters in any floating dtype, with or
 without autocast; base bias and lora_bias; any ranks, unequal in a group; dropout; several active adapters, added one after
 the other; base as `linear`, `addmm` (Conv1D) or `x @ W.t()`, reshaped or not; frozen or trained base.
-Siblings are grouped where they read one x, nothing between them changes grad mode, autocast or x, and every other input is
-there before the first of them.
+Siblings are grouped where they read one x, nothing between them writes or changes grad mode or autocast, and every other
+input is there before the first of them.
 Left, each with a Miss: the reasons in passes/lora_pattern.py.
 """
 
@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from fastft import match
 from fastft.kernels import lora_linear as kernel
-from fastft.match import linear_args, strip_views, value
+from fastft.match import linear_args, value
 from fastft.passes.lora_pattern import Linear, find
 from fastft.result import Match, Miss
 
@@ -43,24 +43,18 @@ def _inputs(linear: Linear) -> list[Node]:
 
 
 def _groups(gm: GraphModule, linears: list[Linear], position: dict[Node, int]) -> list[list[Linear]]:
-    """Siblings: one x, one dtype, no change of state or of x between them, all inputs ready before the first."""
-    segment, current, writes = {}, 0, {}
-    for node in gm.graph.nodes:
-        current += match.changes_state(node)
-        segment[node] = current
-        if match.is_mutating(node) and node.args and isinstance(node.args[0], Node):
-            writes.setdefault(strip_views(node.args[0]), []).append(position[node])
+    """Siblings: one x, one dtype, no write or change of state between them, all inputs ready before the first."""
+    segment = match.segments(gm)
     groups: list[list[Linear]] = []
     for linear in sorted(linears, key=lambda item: position[item.base]):
         for group in groups:
             first = group[0]
-            start, end = position[first.base], position[linear.base]
+            start = position[first.base]
             if (
                 first.x is linear.x
                 and segment[first.base] == segment[linear.base]
                 and match.dtype(first.base) == match.dtype(linear.base)
                 and all(position[node] < start for node in _inputs(linear) if node.op not in ("placeholder", "get_attr"))
-                and not any(start < at < end for at in writes.get(strip_views(linear.x), ()))
             ):
                 group.append(linear)
                 break
@@ -138,5 +132,7 @@ def _replace(gm: GraphModule, group: list[Linear], position: dict[Node, int]) ->
             item.meta = {**linear.base.meta, "example_value": value(linear.result)}
             linear.result.replace_all_uses_with(item)
     for linear in group:
+        if linear.result.target is operator.iadd:
+            linear.result.target = operator.add  # its result has been replaced: what is left writes for nobody
         match.erase_dead(linear.result)
     return Match("fastft::lora_linear", "+".join(provider), [linear.base for linear in group])

@@ -23,6 +23,7 @@ OTHER_INPUT = "base reads another input"
 OTHER_DTYPE = "result stays in the adapter's dtype"
 EMBEDDING = "adapter on an embedding"
 DROPS_ALL = "dropout probability is 1"
+INTERRUPTED = "a write, or a change of grad mode or autocast, between base, adapter and sum"
 
 
 @dataclasses.dataclass
@@ -97,8 +98,9 @@ def find(gm: GraphModule) -> tuple[list[Linear], list[Miss]]:
     chains = {node: chain for node in gm.graph.nodes if (chain := _low_rank(node))}
     owner: dict[Node, Linear] = {}
     misses = []
+    segment = match.segments(gm)
     for node, adapter in chains.items():
-        joined = _join(node, adapter, owner)
+        joined = _join(node, adapter, owner, segment)
         if isinstance(joined, Miss):
             # Two linears in a row are a candidate only where the one between is narrow; joined ones are right at any rank.
             rank, width = value(adapter.a).shape
@@ -116,7 +118,7 @@ def find(gm: GraphModule) -> tuple[list[Linear], list[Miss]]:
     return complete, misses + _embeddings(gm)
 
 
-def _join(node: Node, adapter: Adapter, owner: dict[Node, Linear]) -> Linear | Miss:
+def _join(node: Node, adapter: Adapter, owner: dict[Node, Linear], segment: dict[Node, int]) -> Linear | Miss:
     """Follows a chain's single user through scalings and casts to the addition, and reads the other operand."""
     scaling = 1.0
     current = node
@@ -138,8 +140,13 @@ def _join(node: Node, adapter: Adapter, owner: dict[Node, Linear]) -> Linear | M
     if adapter.dropout >= 1:
         return Miss(DROPS_ALL, node)
     other = user.args[0] if user.args[1] is current else user.args[1]
+    if user.target is operator.iadd and (current is user.args[0] or len(other.users) > 1):
+        return Miss(INTERRUPTED, node)  # somebody else reads the base's result after the sum was written into it
     adapter = dataclasses.replace(adapter, scaling=adapter.scaling * scaling)
     before = owner.get(other) or owner.get(strip_casts(other))
+    steps = {segment[item] for item in (before.base if before else strip_views(other), _first(node), node, user)}
+    if len(steps) > 1:
+        return Miss(INTERRUPTED, node)
     if before is not None:
         before.adapters.append(adapter)
         before.result = user
@@ -155,6 +162,11 @@ def _join(node: Node, adapter: Adapter, owner: dict[Node, Linear]) -> Linear | M
     while value(x).dim() != value(user).dim() and _is_reshape(x):
         x = x.args[0]
     return Linear(base, x, [adapter], user)
+
+
+def _first(node: Node) -> Node:
+    """The first linear of the chain that ends in `node`."""
+    return _unscale(linear_args(node)[0])[0]
 
 
 def _is_dead(node: Node) -> bool:

@@ -70,15 +70,17 @@ def test_nothing_raises(settings, recwarn):
 
 
 def assert_dropped(report, name):
-    assert [dropped for dropped, _ in report.dropped] == [name]
-    (row,) = [row for row in report.to_dict()["misses"] if row["reason"].startswith("dropped: ")]
-    assert row["pass"] == name and "boom" in row["reason"]
+    """Only `name` was dropped; a post-grad pass may fail in the forward and in the backward graph."""
+    assert {dropped for dropped, _ in report.dropped} == {name}
+    rows = [row for row in report.to_dict()["misses"] if row["reason"].startswith("dropped: ")]
+    assert rows and all(row["pass"] == name and "boom" in row["reason"] for row in rows)
 
 
 def half_done(gm):
     """A stage 1 pass that fails with the graph in pieces."""
-    sums = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is F.linear or "linear" in node.name]
-    for node in sums[:2]:
+    linears = [node for node in gm.graph.nodes if node.name.startswith("linear")]
+    assert len(linears) == 6
+    for node in linears[:2]:
         node.replace_all_uses_with(node.args[0])
     boom()
 
@@ -104,28 +106,21 @@ def test_other_passes_go_on(settings, monkeypatch):
 @pytest.mark.parametrize("part", ["accumulate_mm", "_backward", "_low_rank_input"])
 def test_failing_lowering(part, settings, monkeypatch):
     """What the op decomposes into raises while AOTAutograd traces it, in the forward or in the backward."""
-    setattr_in(monkeypatch, part)
+    monkeypatch.setattr(kernels.lora_linear, part, boom)
     with pytest.warns(UserWarning, match="fastft: rewrite lora_linear failed and was dropped.*boom"):
         report = train()
     assert_dropped(report, "lora_linear")
     assert report.rewrites == [] and len(settings) == 2
 
 
-def setattr_in(monkeypatch, part):
-    import importlib
-
-    monkeypatch.setattr(importlib.import_module("fastft.kernels.lora_linear"), part, boom)
-
-
 def half_lowered(graph):
-    """A post-grad pass that fails with the graph in pieces: every product of two matrices is now one of their sums."""
+    """A post-grad pass that fails with the graph in pieces."""
     for node in graph.nodes:
         if node.target is torch.ops.aten.sin.default:
             node.target = torch.ops.aten.cos.default
     boom()
 
 
-@pytest.mark.xfail(strict=True, reason="PassManager keeps the half-changed graph and writes no report row")
 def test_failing_post_grad_pass(settings, monkeypatch):
     monkeypatch.setattr(passes, "POST_GRAD", [half_lowered, *passes.POST_GRAD])
     with pytest.warns(UserWarning, match="fastft: pass half_lowered failed and was dropped.*boom"):
@@ -142,7 +137,7 @@ def test_strict_raises(where, settings, monkeypatch):
 
 
 def test_strict_raises_in_a_lowering(settings, monkeypatch):
-    setattr_in(monkeypatch, "accumulate_mm")
+    monkeypatch.setattr(kernels.lora_linear, "accumulate_mm", boom)
     with pytest.raises(Exception, match="boom"):
         train(strict=True)
 
@@ -171,11 +166,8 @@ BAD = [
 def test_bad_options(options, mode, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Options.parse(options, mode, passes.NAMES)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        fastft.explain(Adapted(), **BATCH, options=options) if mode is None else Options.parse(options, mode, passes.NAMES)
 
 
-@pytest.mark.xfail(strict=True, reason="Dynamo wraps what a backend raises: BackendCompilerFailed instead of ValueError")
 def test_bad_options_through_torch_compile():
     with pytest.raises(ValueError, match="did you mean 'strict'"):
         torch.compile(Adapted(), backend="fastft", options={"strickt": True})(**BATCH)

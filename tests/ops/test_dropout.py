@@ -55,14 +55,6 @@ def test_steps_are_independent_and_repeatable():
     assert torch.equal(mask(generator=2), mask(generator=2))
 
 
-def test_neighbouring_seeds_give_other_masks():
-    """Small seeds, as from a counter: the hash must spread them."""
-    seeds = torch.arange(ROWS, dtype=torch.int32)[None]
-    kept = masks.keep_mask(seeds, 0, 0.5, COLS)
-    assert abs(correlation(kept[1:], kept[:-1])) < 5
-    assert abs(correlation(kept[::2], kept[1::2])) < 5
-
-
 @pytest.mark.parametrize("p", [0.0, 1e-9, 1.0])
 def test_extreme_probabilities_stay_finite(p):
     assert math.isfinite(masks.scale(p)) and masks.scale(p) >= 1
@@ -84,7 +76,6 @@ for _ in range(50):
 """
 
 
-@pytest.mark.xfail(strict=True, reason="column * constant overflows in Inductor's C++: undefined, it writes out of bounds")
 def test_inductor_gives_the_same_mask():
     """In generated C++ too, on a width that is no multiple of the vector's (one compile; a process of its own: it crashed once)."""
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, timeout=300)
