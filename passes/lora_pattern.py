@@ -85,7 +85,8 @@ def _low_rank(node: Node) -> Adapter | None:
     if bias is not None and scaling != 1.0:
         return None
     x, p = strip_casts(x), 0.0
-    if is_function(x, torch.nn.functional.dropout):
+    # A mask that somebody else sees too is not ours to draw: such an x is another input than the base's.
+    if is_function(x, torch.nn.functional.dropout) and len(x.users) == 1:
         x, p, _ = dropout_args(x)
         x = strip_casts(x)
     if strip_views(x).op == "call_function" and strip_views(x).target is torch.eye:

@@ -102,3 +102,23 @@ def test_checkpointing_recomputes_the_same_mask(reentrant, lowered):
     assert sum(lowered.sizes) == 2 * 7 * 2
     draws = [node for graph in lowered.aten for node in graph.graph.nodes if node.target is torch.ops.aten.randint.low]
     assert len(draws) == 2 * 4 * 2, "a seed is drawn once, in the forward"
+
+
+def test_a_dropout_that_others_read_is_left_alone(rewriter):
+    """The op draws a mask for each adapter: one mask for two adapters, or for somebody else too, has to stay one."""
+
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = torch.nn.Linear(32, 32), torch.nn.Linear(32, 32)
+            self.a, self.b = torch.nn.Linear(32, 4, bias=False), torch.nn.Linear(4, 32, bias=False)
+
+        def forward(self, x):
+            h = torch.nn.functional.dropout(x, 0.5, True)
+            low_rank = self.b(self.a(h))
+            return self.q(x) + low_rank, h
+
+    model, x = Shared(), torch.randn(4, 32)
+    y, h = rewriter.compile(model)(x)
+    assert rewriter.misses == {"base reads another input": 1} and not rewriter.groups
+    assert torch.allclose(y, model.q(x) + model.b(model.a(h)), atol=1e-6)
