@@ -10,8 +10,6 @@ reads it. Left: graph inputs, views, and z with another user; there `accumulate_
 Runs after Inductor's own patterns: they do not match across a mutation.
 """
 
-import operator
-
 import torch
 from torch.fx import Graph, Node
 
@@ -40,7 +38,7 @@ def accumulate_inplace(graph: Graph) -> int:
             continue
         summand, a, b = node.args
         live = [user for user in summand.users if user is not node and user not in written]
-        if live or not isinstance(summand, Node) or summand.target not in _FRESH or summand.target is operator.getitem:
+        if live or summand.target not in _FRESH:
             continue
         with graph.inserting_before(node):
             write = graph.call_function(aten.addmm_.default, (summand, a, b))

@@ -121,15 +121,15 @@ def warm_up(backend: str, codegen: str) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     import peft  # noqa: F401
-    import torch._inductor.config
     import transformers  # noqa: F401
 
     import tiny  # noqa: F401
     from fastft import contract, reset  # noqa: F401
+    from fastft._torch import inductor_config
 
-    torch._inductor.config.fallback_by_default = codegen == "aten"
+    inductor_config.fallback_by_default = codegen == "aten"
     # compiled kernels are kept, but every graph goes through the whole compiler
-    torch._inductor.config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
+    inductor_config.fx_graph_cache = torch._functorch.config.enable_autograd_cache = False
     toy = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 8))
     try:
         torch.compile(toy, backend=backend)(torch.randn(4, 8)).square().mean().backward()
@@ -147,7 +147,9 @@ def _child(model_type: str, codegen: str, args: argparse.Namespace, answer: str,
     stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(stream, 1)
     os.dup2(stream, 2)
-    sys.modules["torch._inductor.config"].fallback_by_default = codegen == "aten"
+    from fastft._torch import inductor_config
+
+    inductor_config.fallback_by_default = codegen == "aten"
     row = survey_type(model_type, args.backend, args.seq, lambda row: Path(answer + ".part").write_text(json.dumps(row)))
     Path(answer).write_text(json.dumps(row))
     os._exit(0)
