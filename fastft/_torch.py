@@ -6,10 +6,13 @@
 | `CustomPartitionerFn` | `__call__(gm, joint_inputs, **kw)`, `uuid()` | same | same |
 | `min_cut_rematerialization_partition` | networkx | networkx | own solver, same signature |
 | `torch.compile(isolate_recompiles=)` | missing | there | there |
+| `higher_order.flex_attention` | returns (out, log2-sum-exp, maxima) | same | same |
+| `BlockMask.as_tuple()` | 13 entries | 17 | 17 |
 | `graph_break_reasons` | a list of `GraphCompileReason` in `_dynamo.utils` | same | same |
 """
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -24,6 +27,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, lowering
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def lower_inplace_addmm() -> None:
@@ -35,6 +40,37 @@ def lower_inplace_addmm() -> None:
     target = torch.ops.aten.addmm_.default
     if target not in lowering.lowerings:
         lowering.make_fallback(target, layout_constraint=lowering.constrain_to_fx_strides, warn=False)
+
+
+def flex_attention(q, k, v, score_mod, mask_mod, blocks, block_size, scale, reads):
+    """FlexAttention's operator as Dynamo would put it into a graph: `(out, log-sum-exp)`; the public function compiles itself when called from Python.
+
+    `blocks`: the eight lists of a BlockMask. `reads`: tensors that `mask_mod(b, h, q, kv, *reads)` indexes.
+    """
+    known = BlockMask((q.shape[2], k.shape[2]), *blocks, BLOCK_SIZE=(block_size, block_size), mask_mod=mask_mod).as_tuple()
+    options = _apply_kernel_options(q, k, v, True, None)  # True: write the log-sum-exp
+    out, lse, *_ = torch.ops.higher_order.flex_attention(q, k, v, score_mod, (*known[:-1], mask_mod), scale, options, (), reads)
+    return out, lse * math.log(2)
+
+
+class _Names(TorchDispatchMode):
+    """Notes the operations that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def sdpa_backend(q, k, v, **options) -> str:
+    """What `scaled_dot_product_attention` takes for these fake tensors: "cudnn", "flash", "efficient" or "math"."""
+    with q.fake_mode, torch.enable_grad(), _Names() as seen:
+        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=True) for x in (q, k, v)]
+        torch.nn.functional.scaled_dot_product_attention(*fakes, **options)
+    return next((kind for kind in ("cudnn", "flash", "efficient") for name in seen.names if f"_product_{kind}_attention" in name), "math")
 
 
 class OptionError(ShortenTraceback, ValueError):
@@ -55,10 +91,12 @@ __all__ = [
     "RestartAnalysis",
     "compile_fx",
     "counters",
+    "flex_attention",
     "graph_break_reasons",
     "inductor_config",
     "isolated_compile",
     "list_mode_options",
     "lower_inplace_addmm",
     "min_cut_rematerialization_partition",
+    "sdpa_backend",
 ]

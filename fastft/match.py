@@ -2,6 +2,7 @@
 
 import operator
 import re
+import weakref
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +17,14 @@ _MUTATING_FUNCTIONS = {
     operator.imul,
     operator.isub,
     operator.itruediv,
+    operator.ifloordiv,
+    operator.ipow,
+    operator.iand,
+    operator.ior,
+    operator.ixor,
     operator.delitem,
 }
+_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
 # Changes the meaning of what stands between two of them: a group never spans one.
 _STATE_CHANGES = {
     "_set_grad_enabled",
@@ -94,6 +101,8 @@ def is_mutating(node: Node) -> bool:
         return False
     if node.target in _MUTATING_FUNCTIONS or node.kwargs.get("out") is not None:
         return True
+    if node.target in _NAMED_LIKE_WRITES:
+        return False
     name = getattr(node.target, "__name__", "")
     return node.kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__"))
 
@@ -124,8 +133,15 @@ _HIGHER_ORDER_BODIES = {
 }
 
 
+# Who calls a body: each call's node.
+_callers: weakref.WeakKeyDictionary[GraphModule, list[Node]] = weakref.WeakKeyDictionary()
+
+
 def graph_modules(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm` and the bodies of its checkpoints and regions, each once, outermost first."""
+    """`gm` and the bodies of its checkpoints and regions, each once, outermost first.
+
+    Notes who calls each body, for `outside` and `bring_in`.
+    """
     yield gm
     seen: set[int] = set()
     for node in gm.graph.nodes:
@@ -134,9 +150,53 @@ def graph_modules(gm: GraphModule) -> Iterator[GraphModule]:
         for arg in node.args:
             if isinstance(arg, Node) and arg.op == "get_attr":
                 body = getattr(gm, arg.target, None)
-                if isinstance(body, GraphModule) and id(body) not in seen:
-                    seen.add(id(body))
-                    yield from graph_modules(body)
+                if not isinstance(body, GraphModule):
+                    continue
+                if id(body) in seen:
+                    _callers[body].append(node)
+                    continue
+                seen.add(id(body))
+                _callers[body] = [node]
+                yield from graph_modules(body)
+
+
+def calls(gm: GraphModule) -> list[Node]:
+    """The nodes of enclosing graphs that call a body; none for the outermost graph."""
+    return _callers.get(gm, [])
+
+
+def _only_call(gm: GraphModule) -> Node | None:
+    found = calls(gm)
+    return found[0] if len(found) == 1 else None
+
+
+def outside(placeholder: Node) -> Node | None:
+    """The node of the enclosing graph that a body's placeholder stands for, where the body is called once."""
+    gm = placeholder.graph.owning_module
+    call = None if gm is None else _only_call(gm)
+    if call is None:
+        return None
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    operand = call.args[len(call.args) - len(inputs) + inputs.index(placeholder)]
+    return operand if isinstance(operand, Node) else None
+
+
+def bring_in(gm: GraphModule, node: Node) -> Node:
+    """`node`, which lives in `gm` or in a graph around it, as a node of `gm`: an input of the body is added where there is none."""
+    if node.graph is gm.graph:
+        return node
+    call = _only_call(gm)
+    inner = bring_in(call.graph.owning_module, node)
+    inputs = [item for item in gm.graph.nodes if item.op == "placeholder"]
+    operands = call.args[len(call.args) - len(inputs) :]
+    for item, operand in zip(inputs, operands, strict=True):
+        if operand is inner:
+            return item
+    with gm.graph.inserting_after(inputs[-1]):
+        new = gm.graph.placeholder(f"fastft_{inner.name}")
+    new.meta["example_value"] = value(inner)
+    call.args = (*call.args, inner)
+    return new
 
 
 def module_path(node: Node) -> str:
@@ -174,8 +234,8 @@ def erase_dead(node: Node) -> None:
     pending = [node]
     while pending:
         node = pending.pop()
-        if node.users or node.op not in ("call_function", "call_method", "get_attr") or is_mutating(node):
+        if node._erased or node.users or node.op not in ("call_function", "call_method", "get_attr") or is_mutating(node):
             continue
         inputs = node.all_input_nodes
         node.graph.erase_node(node)
-        pending += [item for item in inputs if not item._erased]
+        pending += inputs

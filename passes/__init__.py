@@ -4,11 +4,13 @@ Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bod
 """
 
 from fastft.passes.accumulate_inplace import accumulate_inplace
+from fastft.passes.attention import attention
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
 
 STAGE_1 = [
     normalize,  # one spelling for each operation
+    attention,  # SDPA or matmul, softmax, matmul with a mask -> fastft::attention
     lora_linear,  # sibling linears with adapters -> fastft::lora_linear
 ]
 

@@ -34,10 +34,11 @@ class Rewriter:
     """A Dynamo backend: the passes of stage 1, strictly, and then the graph as it is.
 
     Attributes:
-        reports, graphs: one entry for each captured graph.
+        reports, graphs: one entry for each captured graph. of: the pass that `groups`, `modules`, `providers` and `misses` tell of.
     """
 
-    def __init__(self, only: list[Callable] | None = None, **options: Any) -> None:
+    def __init__(self, only: list[Callable] | None = None, of: str = "lora_linear", **options: Any) -> None:
+        self.of = of
         self.passes = passes.STAGE_1 if only is None else only
         self.options = Options(strict=True, **options)
         self.reports: list[Report] = []
@@ -53,7 +54,12 @@ class Rewriter:
     @property
     def groups(self) -> list[list[str]]:
         """The module paths of every rewrite, one list a canonical op, in graph order."""
-        return [rewrite.fqn for report in self.reports for rewrite in report.rewrites]
+        return [rewrite.fqn for report in self.reports for rewrite in report.rewrites if rewrite.pass_name == self.of]
+
+    @property
+    def providers(self) -> dict[str, int]:
+        """How often each provider was chosen."""
+        return dict(collections.Counter(row.provider for report in self.reports for row in report.rewrites if row.pass_name == self.of))
 
     @property
     def sizes(self) -> list[int]:
@@ -68,7 +74,7 @@ class Rewriter:
     @property
     def misses(self) -> dict[str, int]:
         """How often each reason was given."""
-        return dict(collections.Counter(row.reason for report in self.reports for row in report.misses))
+        return dict(collections.Counter(row.reason for report in self.reports for row in report.misses if row.pass_name == self.of))
 
     def compile(self, model: nn.Module, **options: Any) -> Callable:
         return torch.compile(model, backend=self, **options)

@@ -12,7 +12,7 @@ from conftest import ROOT, batch_for, lora_modules, tiny_lora
 from torch import nn
 
 import fastft
-from fastft import _torch, report
+from fastft import _torch, passes, report
 
 GRAPH_KEYS = ["nodes_before", "nodes_after", "rewrites", "misses", "memory_plan"]
 REWRITE_KEYS = ["pass", "op", "provider", "fqn", "source"]
@@ -28,7 +28,7 @@ def assert_graph(graph):
     for row in graph["misses"]:
         assert list(row) == MISS_KEYS
     for row in graph["rewrites"] + graph["misses"]:
-        assert row["pass"] == "lora_linear" and isinstance(row["fqn"], list)
+        assert row["pass"] in passes.NAMES and isinstance(row["fqn"], list)
     assert json.loads(json.dumps(graph)) == graph
 
 
@@ -61,7 +61,7 @@ def test_explain_leaves_everything_as_it_is():
     report.record(report.Report())
     counters = {name: dict(counter) for name, counter in _torch.counters.items()}
     found = fastft.explain(model, **batch)
-    assert sorted(path for row in found.graphs[0].rewrites for path in row.fqn) == lora_modules(model)
+    assert sorted(path for row in found.graphs[0].rewrites if row.pass_name == "lora_linear" for path in row.fqn) == lora_modules(model)
     assert torch.equal(torch.get_rng_state(), random) and model.training
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -118,13 +118,14 @@ def test_explain_checks_options_and_prints_misses():
     text = str(fastft.explain(model, **batch_for(model)))
     assert "rewrite fastft::lora_linear <- model.layers.0.self_attn.q_proj" in text
     assert "miss    lora_linear: adapter on an embedding: model.embed_tokens" in text
-    assert not fastft.explain(model, **batch_for(model), options={"disable": ["lora_linear"]}).graphs[0].rewrites
+    assert not fastft.explain(model, **batch_for(model), options={"disable": ["lora_linear", "attention"]}).graphs[0].rewrites
 
 
 def test_rewriting_32_layers_takes_less_than_a_second():
     model = tiny.add_lora(tiny.tiny_model("llama", layers=32, seq=8)).train()
     (graph,) = fastft.explain(model, **batch_for(model, batch=1, seq=8)).graphs
-    assert sum(len(row.fqn) for row in graph.rewrites) == 7 * 32
+    assert sum(len(row.fqn) for row in graph.rewrites if row.pass_name == "lora_linear") == 7 * 32
+    assert sum(row.pass_name == "attention" for row in graph.rewrites) == 32
     assert graph.rewrite_seconds < 1.0
 
 
@@ -138,7 +139,7 @@ def assert_document(document):
 
 
 def rewritten(document):
-    return sorted(path for graph in document["graphs"] for row in graph["rewrites"] for path in row["fqn"])
+    return sorted(path for graph in document["graphs"] for row in graph["rewrites"] if row["pass"] == "lora_linear" for path in row["fqn"])
 
 
 def test_inspect_graph_prints_nothing_but_json():

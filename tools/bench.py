@@ -3,7 +3,11 @@
 
     python tools/bench.py --preset llama8b --profile                          # a whole training step, every system installed
     python tools/bench.py --preset llama1b --batch 4 --seq 2048 --systems inductor,fastft
+    python tools/bench.py --systems inductor,fastft --padding 0.3             # 30 % of the batch is padding, with an attention mask
+    python tools/bench.py --systems inductor,fastft --documents packed        # documents packed into the rows, with position_ids
+    python tools/bench.py --systems inductor,fastft --documents padded        # the same mix of documents, padded one to a row
     python tools/bench.py --op lora_linear --hidden 2048 --profile            # one decoder layer, variants interleaved
+    python tools/bench.py --op attention                                      # one attention beside the best kernel called by hand
     python tools/bench.py --tiny --systems eager,inductor                     # a smoke test, on a CPU in seconds
 
 A step is forward, backward, clip_grad_norm_, fused AdamW and zero_grad; nothing in it waits for the device. Weights are random, bf16, made on
@@ -12,6 +16,7 @@ step must agree with the first system's to 1 %: the table says where they do not
 default; Unsloth always keeps its adapters in fp32). Each system runs in its own process with
 compile caches of its own, so the first step is a cold one; with `--rounds 2` the second round shows a warm one. "gemm probe" is one fixed
 8192x4096x14336 product before and after: where it drifts, the machine did. Peak memory is `max_memory_allocated` over the timed steps.
+tokens/s counts batch x seq whatever they hold; useful tokens/s (with `--padding` or `--documents`, see bench_batch.py) leaves padding out.
 
 fastft is found where it is installed. From a bare checkout it works too: `passes/` and `kernels/` are mapped to `fastft.passes` and
 `fastft.kernels` here as `pyproject.toml` maps them. On a lent machine run `eval "$(bash tools/device_setup.sh)"` first (see there). Unsloth wants versions
@@ -37,8 +42,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from bench_batch import SHORTEST  # noqa: E402
 from bench_models import PRESETS, SYSTEMS, tiny  # noqa: E402
-from bench_profile import CLASSES  # noqa: E402
+from bench_profile import print_profiles  # noqa: E402
 from bench_systems import source_hash, versions  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -63,6 +69,8 @@ def parse() -> argparse.Namespace:
     add("--alpha", type=int, default=32)
     add("--dropout", type=float, default=0.0, help="LoRA dropout")
     add("--adapter-dtype", choices=("bf16", "fp32"), default="bf16", help="fp32 is peft's own default; Unsloth ignores this")
+    add("--padding", type=float, metavar="FRACTION", help="rows of 0.4 to 1 of --seq, this share of the batch being padding on the right (0 to 0.6)")
+    add("--documents", choices=("packed", "padded"), help="documents of mixed lengths: packed into full rows, or one to a row")
     add("--autocast", action="store_true", help="forward under torch.autocast(bf16), as Trainer(bf16=True) does")
     add("--checkpointing", action="store_true", help="recompute every layer (Unsloth: its own offloaded form)")
     add("--options", type=json.loads, metavar="JSON", help="options for fastft, e.g. '{\"pack_weights\": true}'")
@@ -72,13 +80,17 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--tiny", action="store_true", help="tiny shapes: a smoke test")
     add("--out", type=Path, help="default: tools/results/<date>-<preset>.json")
-    add("--op", choices=("lora_linear",), help="one operation in a decoder layer instead of a whole model")
-    add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op: Llama-8B's layer or Llama-1B's")
-    add("--tokens", type=int, default=8192, help="with --op (default: %(default)s, in sequences of --seq or 2048)")
+    add("--op", choices=("lora_linear", "attention"), help="one operation instead of a whole model")
+    add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear: Llama-8B's layer or Llama-1B's")
+    add("--tokens", type=int, default=8192, help="with --op lora_linear (default: %(default)s, in sequences of --seq or 2048)")
     args = parser.parse_args()
     unknown = [name for name in args.systems.split(",") if name not in SYSTEMS]
     if unknown:
         parser.error(f"unknown systems {unknown}: choose from {', '.join(SYSTEMS)}")
+    if args.padding is not None and args.documents:
+        parser.error("--padding and --documents exclude each other")
+    if not 0 <= (args.padding or 0) <= 1 - SHORTEST:
+        parser.error(f"--padding takes 0 to {1 - SHORTEST:g}: rows are at least {SHORTEST:g} of --seq")
     return args
 
 
@@ -147,18 +159,20 @@ def _off(value: float, expected: float) -> bool:
 
 def main_table(rows: list[dict[str, Any]], title: str) -> Table:
     table = Table(title=title, title_justify="left")
-    for column in COLUMNS:
+    useful = any("useful_tokens_per_s" in row for row in rows)
+    for column in [*COLUMNS[:4], *["useful tokens/s"] * useful, *COLUMNS[4:]]:
         table.add_column(column, justify="left" if column in ("system", "check") else "right")
     base = next((row["ms"] for row in rows if row["system"] == "inductor" and "ms" in row), None)
     for row in rows:
         if "ms" not in row:
-            table.add_row(row["name"], *[""] * 11, f"[red]{' '.join((row.get('error') or row['skipped']).split())[:100]}[/red]")
+            table.add_row(row["name"], *[""] * (11 + useful), f"[red]{' '.join((row.get('error') or row['skipped']).split())[:100]}[/red]")
             continue
         table.add_row(
             row["name"],
             f"{row['ms']:.1f}",
             f"{base / row['ms']:.3f}" if base else "",
             f"{row['tokens_per_s']:,.0f}",
+            *[f"{row.get('useful_tokens_per_s', 0):,.0f}"] * useful,
             f"{row['peak_gib']:.2f}",
             f"{row['weights_gib']:.2f}",
             f"{row['resident_gib']:.2f}",
@@ -170,28 +184,6 @@ def main_table(rows: list[dict[str, Any]], title: str) -> Table:
             "[red]" + "; ".join(row["flags"]) + "[/red]" if row["flags"] else "ok",
         )
     return table
-
-
-def print_profiles(profiles: dict[str, dict[str, Any]], top: int) -> None:
-    """Classes side by side, then each one's most expensive kernels."""
-    if not profiles:
-        return
-    table = Table(title="GPU ms a step by kernel class (2 profiled steps)", title_justify="left")
-    table.add_column("class")
-    for name in profiles:
-        table.add_column(name, justify="right")
-    for cls in CLASSES:
-        table.add_row(cls, *(f"{p['classes'][cls]:.2f}" for p in profiles.values()))
-    table.add_row("profiled step", *(f"{p['step_ms']:.2f}" for p in profiles.values()))
-    table.add_row("kernels", *(f"{p['kernels']:.0f}" for p in profiles.values()))
-    console.print(table)
-    for name, prof in profiles.items():
-        kernels = Table(title=f"{name}: top {top} kernels; attention: {', '.join(prof['attention_kernels'][:3]) or 'none'}", title_justify="left")
-        for column in ("kernel", "class", "shape", "calls", "ms"):
-            kernels.add_column(column, justify="right" if column in ("calls", "ms") else "left", no_wrap=True)
-        for row in prof["top"][:top]:
-            kernels.add_row(row["kernel"][:90], row["class"], row["shape"], f"{row['calls']:g}", f"{row['ms']:.3f}")
-        console.print(kernels)
 
 
 def machine() -> dict[str, str]:
@@ -233,14 +225,18 @@ def bench_models(args: argparse.Namespace) -> bool:
     config = dict(preset.config, **({"num_hidden_layers": args.layers} if args.layers else {}))
     spec = {"arch": preset.arch, "config": config, "batch": args.batch or preset.batch, "seq": args.seq or preset.seq}
     spec |= {key: getattr(args, key) for key in ("steps", "warmup", "rank", "alpha", "dropout", "adapter_dtype", "checkpointing", "autocast")}
-    spec |= {key: getattr(args, key) for key in ("options", "seed", "profile", "tiny")}
+    spec |= {key: getattr(args, key) for key in ("padding", "documents", "options", "seed", "profile", "tiny")}
     host = machine()
     what = ("tiny-" if args.tiny else "") + args.preset
+    batch = f"batch {spec['batch']} x {spec['seq']}"
+    if args.documents or args.padding is not None:
+        what += f"-{args.documents or 'padding'}"
+        batch += f", documents {args.documents}" if args.documents else f", {args.padding:.0%} padding"
     path = out_path(args, what)
     document = header(args, host) | {"spec": spec, "systems": []}
     rows: list[dict[str, Any]] = document["systems"]
     reference: dict[str, Any] | None = None
-    title = f"{what}, {config['num_hidden_layers']} layers, batch {spec['batch']} x {spec['seq']}, LoRA r={args.rank} {args.adapter_dtype}, {host['gpu']}"
+    title = f"{what}, {config['num_hidden_layers']} layers, {batch}, LoRA r={args.rank} {args.adapter_dtype}, {host['gpu']}"
     with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as scratch:
         for number in range(args.rounds):
             for system in args.systems.split(","):
@@ -260,36 +256,36 @@ def bench_models(args: argparse.Namespace) -> bool:
                 rows.append(row)
                 write(path, document)  # after each system: a run cut short keeps what it had
     if args.profile:
-        print_profiles({row["name"]: row["profile"] for row in rows if "profile" in row}, top=12)
+        print_profiles(console, {row["name"]: row["profile"] for row in rows if "profile" in row}, top=12)
     console.print(main_table(rows, title))
     console.print(f"written to {path}", highlight=False)
     return all("error" not in row and not row.get("flags") for row in rows)
 
 
 def bench_op(args: argparse.Namespace) -> bool:
-    from bench_ops import bench_lora_linear
+    from bench_attention import attention_table, bench_attention
+    from bench_ops import bench_lora_linear, lora_linear_table
 
-    host = machine()
-    say: Callable[[str], None] = lambda text: console.print(text, highlight=False)  # noqa: E731
-    result = bench_lora_linear(
-        args.hidden, args.tokens, args.seq or 2048, 4 * args.steps, args.warmup, args.rank, args.alpha, args.dropout, args.profile, args.tiny, args.options, say
-    )
-    rows = result["variants"]
-    path = out_path(args, f"{args.op}-{result['shape']['hidden']}")
-    write(path, header(args, host) | result)
-    if args.profile:
-        print_profiles({name: row["profile"] for name, row in rows.items() if "profile" in row}, top=25)
-    columns = ("ms", "ratio", "forward_ms", "backward_ms", "best_ms", "input_grad_norm", "adapter_grad_norm", "worst_gradient_difference")
-    shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())
-    probe = " → ".join(f"{ms:.3f}" for ms in result["gemm_probe_ms"])
-    table = Table(title=f"{args.op}: one Llama decoder layer, {shape}, {host['gpu']}, gemm probe {probe} ms", title_justify="left")
-    for column in ("variant", *columns):
-        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
-    for name, row in rows.items():
-        table.add_row(name, *(f"{row[column]:.4g}" if column in row else row.get("error", "")[:60] * (column == "ms") for column in columns))
-    console.print(table)
+    host, repeat = machine(), 4 * args.steps
+    say: Callable[[str], None] = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
+    if args.op == "attention":
+        path, head = out_path(args, "op-attention"), header(args, host)
+        sizes = [(args.batch or 1, args.seq)] if args.seq else None
+        result = bench_attention(sizes, repeat, args.warmup, args.seed, args.tiny, args.options, say, lambda result: write(path, head | result))
+        console.print(attention_table(result, host["gpu"]))
+        rows = result["rows"]
+    else:
+        result = bench_lora_linear(
+            args.hidden, args.tokens, args.seq or 2048, repeat, args.warmup, args.rank, args.alpha, args.dropout, args.profile, args.tiny, args.options, say
+        )
+        path = out_path(args, f"{args.op}-{result['shape']['hidden']}")
+        write(path, header(args, host) | result)
+        if args.profile:
+            print_profiles(console, {name: row["profile"] for name, row in result["variants"].items() if "profile" in row}, top=25)
+        console.print(lora_linear_table(result, host["gpu"]))
+        rows = result["variants"].values()
     console.print(f"written to {path}", highlight=False)
-    return all("error" not in row for row in rows.values())
+    return all("error" not in row for row in rows)
 
 
 def main() -> int:

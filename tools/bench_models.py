@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench_batch import packed_documents
+
 SYSTEMS = ("eager", "inductor", "liger", "unsloth", "fastft")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,6 +77,8 @@ class Spec:
     adapter_dtype: str = "bf16"
     checkpointing: bool = False
     autocast: bool = False
+    padding: float | None = None
+    documents: str | None = None
     options: dict[str, Any] | None = None
     seed: int = 0
     lr: float = 1e-4
@@ -187,7 +191,17 @@ def build_unsloth(spec: Spec, device: str) -> tuple[Any, Any]:
         random_state=spec.seed,
     )
     model.config.use_cache = False
-    return FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth" if spec.checkpointing else False) or model, model
+    call = FastLanguageModel.for_training(model, use_gradient_checkpointing="unsloth" if spec.checkpointing else False) or model
+    return _one_packed_row(call, spec, device) if spec.documents == "packed" else call, model
+
+
+def _one_packed_row(model: Any, spec: Spec, device: str) -> Callable[..., Any]:
+    """Unsloth's form of a packed batch: one row, and `packed_seq_lengths`. With torch's kernels it packs a single row only; more make a dense mask."""
+    import torch
+
+    lengths = sum(packed_documents(spec.batch, spec.seq, spec.seed), [])
+    packed_seq_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)  # one object for all steps: Unsloth's cache goes by identity
+    return lambda **batch: model(**{name: x.reshape(1, -1) for name, x in batch.items()}, packed_seq_lengths=packed_seq_lengths)
 
 
 def write_checkpoint(spec: Spec, folder: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from bench_models import PRESETS, TARGETS, canonical, import_fastft, seed_parameters, tiny
 from bench_systems import Clock, gemm_probe
+from rich.table import Table
 
 VARIANTS: dict[str, tuple[bool, str | None, dict[str, Any] | None]] = {  # adapters, backend, options
     "frozen_inductor": (False, "inductor", None),
@@ -51,10 +52,12 @@ class Variant:
             clock.mark()
             self.clocks.append(clock)
 
-    def figures(self) -> dict[str, float]:
-        forward, backward = zip(*(clock.intervals() for clock in self.clocks), strict=True)
-        total = [f + b for f, b in zip(forward, backward, strict=True)]
-        return {"ms": statistics.median(total), "forward_ms": statistics.median(forward), "backward_ms": statistics.median(backward), "best_ms": min(total)}
+
+def figures(clocks: list[Clock]) -> dict[str, float]:
+    """Medians over clocks that each marked the start, the end of the forward and the end of the backward."""
+    forward, backward = zip(*(clock.intervals() for clock in clocks), strict=True)
+    total = [f + b for f, b in zip(forward, backward, strict=True)]
+    return {"ms": statistics.median(total), "forward_ms": statistics.median(forward), "backward_ms": statistics.median(backward), "best_ms": min(total)}
 
 
 def _layer(config: Any, adapters: bool, rank: int, alpha: int, dropout: float, device: str) -> Any:
@@ -146,7 +149,7 @@ def bench_lora_linear(
     reference = gradients.get("lora_eager", {})
     for name, variant in variants.items():
         own = gradients[name]
-        rows[name] = variant.figures()
+        rows[name] = figures(variant.clocks)
         rows[name]["input_grad_norm"] = _norm(own["input"])
         rows[name]["adapter_grad_norm"] = sum(_norm(g) ** 2 for key, g in own.items() if key != "input") ** 0.5
         if variant.trained and reference and not dropout:
@@ -168,3 +171,15 @@ def bench_lora_linear(
         "gemm_probe_ms": probe,
         "variants": rows,
     }
+
+
+def lora_linear_table(result: dict[str, Any], gpu: str) -> Table:
+    columns = ("ms", "ratio", "forward_ms", "backward_ms", "best_ms", "input_grad_norm", "adapter_grad_norm", "worst_gradient_difference")
+    shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())
+    probe = " → ".join(f"{ms:.3f}" for ms in result["gemm_probe_ms"])
+    table = Table(title=f"lora_linear: one Llama decoder layer, {shape}, {gpu}, gemm probe {probe} ms", title_justify="left")
+    for column in ("variant", *columns):
+        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
+    for name, row in result["variants"].items():
+        table.add_row(name, *(f"{row[column]:.4g}" if column in row else row.get("error", "")[:60] * (column == "ms") for column in columns))
+    return table

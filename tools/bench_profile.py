@@ -7,7 +7,7 @@ A kernel is classified by the operation that launched it (with its input shapes)
 | large GEMM | a matrix product whose M, N and K are all above 256 |
 | skinny GEMM | one of M, N, K is at most 256: the LoRA products |
 | GEMM, shape unknown | a GEMM kernel that no ATen product launched (a fused op's own Triton kernel) |
-| attention | scaled_dot_product_attention, whichever backend, and the kernels around it |
+| attention | scaled_dot_product_attention, whichever backend, varlen_attn, flex_attention, and the kernels around them |
 | loss | softmax, cross entropy and their backward; the lm_head product counts as a large GEMM |
 | element-wise, norm | everything that reads and writes activations once: ATen, Inductor's and hand-written Triton |
 | optimizer | fused AdamW, clip_grad_norm_ |
@@ -26,6 +26,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 SKINNY = 256
 CLASSES = ("large GEMM", "skinny GEMM", "GEMM, shape unknown", "attention", "element-wise, norm", "loss", "optimizer", "copies", "other", "gaps")
 
@@ -33,7 +36,8 @@ _PRODUCT = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm|_scaled_mm|addm
 _GEMM = re.compile(r"nvjet|gemm|gemv|xmma|cutlass|splitk|_tem_fused|(^|_)(mm|bmm|matmul)(_|$)", re.I)
 _INDUCTOR = re.compile(r"triton_(poi|red|per|for|mix|unk)_")
 _LORA = re.compile(r"lora|skinny", re.I)
-_ATTENTION = re.compile(r"scaled_?dot_?product|sdpa|fmha|flash|flex_attention|cudnn_attention|attention_(forward|backward)|dot_do_o|_attn_", re.I)
+_ATTENTION = re.compile(r"scaled_?dot_?product|sdpa|fmha|flash|cudnn_(generated|attention)|attention_(forward|backward)|dot_do_o|_attn_|varlen_attn", re.I)
+_FLEX = re.compile(r"flex_attention|triton_tem_fused(?!.*(mm|matmul|conv))", re.I)  # templates are GEMMs, convolutions and flex attention
 _LOSS = re.compile(r"cross_entropy|nll_loss|log_?softmax|softmax_?(fwd|bwd|forward|backward)|_ce_", re.I)
 _OPTIMIZER = re.compile(r"multi_tensor|fused_?adam|_foreach|lpnorm|clip_grad|Optimizer\.", re.I)
 _COPY = re.compile(r"memcpy|memset|copy|CatArray|aten::(cat|clone|contiguous|_to_copy|to|fill_|zero_|zeros|copy_)$|FillFunctor", re.I)
@@ -86,6 +90,8 @@ def _product_dims(op: Event) -> tuple[int, ...] | None:
 def classify(name: str, chain: list[Event]) -> tuple[str, tuple[int, ...] | None]:
     """The class of a kernel launched under `chain`, and its (M, N, K) where it is a product."""
     ops = [op["name"] for op in chain]
+    if _FLEX.search(name):
+        return "attention", None
     if _INDUCTOR.match(name):
         return ("loss" if _LOSS.search(name) else "element-wise, norm"), None
     if _ATTENTION.search(name) or any(_ATTENTION.search(op) for op in ops):
@@ -149,7 +155,7 @@ def summarise(trace: dict[str, Any], steps: int, top: int = 25) -> dict[str, Any
 def attention_backend(prof: dict[str, Any]) -> str:
     """Which implementation of attention a profile holds: the one that is meant must really be the one that ran."""
     names = " ".join(prof["attention_kernels"]).lower()
-    known = {"cuDNN": "cudnn", "flash": "flash_fwd|flash_bwd|pytorch_flash", "flex": "flex", "efficient": "fmha", "math": "softmax"}
+    known = {"cuDNN": "cudnn", "flash": "flash_fwd|flash_bwd|pytorch_flash", "flex": "flex|triton_tem", "efficient": "fmha", "math": "softmax"}
     return ", ".join(label for label, pattern in known.items() if re.search(pattern, names)) or ("other" if names else "none seen")
 
 
@@ -170,3 +176,25 @@ def profile(step: Callable[[], object], steps: int = 2, top: int = 25) -> dict[s
         path = Path(folder, "trace.json")
         prof.export_chrome_trace(str(path))
         return summarise(json.loads(path.read_text(errors="replace")), steps, top)
+
+
+def print_profiles(console: Console, profiles: dict[str, dict[str, Any]], top: int) -> None:
+    """Classes side by side, then each one's most expensive kernels."""
+    if not profiles:
+        return
+    table = Table(title="GPU ms a step by kernel class (2 profiled steps)", title_justify="left")
+    table.add_column("class")
+    for name in profiles:
+        table.add_column(name, justify="right")
+    for cls in CLASSES:
+        table.add_row(cls, *(f"{p['classes'][cls]:.2f}" for p in profiles.values()))
+    table.add_row("profiled step", *(f"{p['step_ms']:.2f}" for p in profiles.values()))
+    table.add_row("kernels", *(f"{p['kernels']:.0f}" for p in profiles.values()))
+    console.print(table)
+    for name, prof in profiles.items():
+        kernels = Table(title=f"{name}: top {top} kernels; attention: {', '.join(prof['attention_kernels'][:3]) or 'none'}", title_justify="left")
+        for column in ("kernel", "class", "shape", "calls", "ms"):
+            kernels.add_column(column, justify="right" if column in ("calls", "ms") else "left", no_wrap=True)
+        for row in prof["top"][:top]:
+            kernels.add_row(row["kernel"][:90], row["class"], row["shape"], f"{row['calls']:g}", f"{row['ms']:.3f}")
+        console.print(kernels)

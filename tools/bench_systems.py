@@ -19,6 +19,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from bench_batch import make_batch
 from bench_models import BUILDERS, ROOT, Spec, canonical, seed_parameters
 
 GiB = 2.0**30
@@ -115,14 +116,13 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
     result["trainable"] = sum(p.numel() for p in params.values())
     result["adapter_dtype"] = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
     optimizer = torch.optim.AdamW(params.values(), lr=spec.lr, fused=True)
-    generator = torch.Generator().manual_seed(spec.seed)
-    ids = torch.randint(0, spec.config["vocab_size"], (spec.batch, spec.seq), generator=generator).to(device)
+    batch = make_batch(spec.config["vocab_size"], spec.batch, spec.seq, spec.seed, device, spec.padding, spec.documents)
     losses: list[Any] = []
     norms: list[Any] = []
 
     def step() -> None:
         with torch.autocast(device, torch.bfloat16) if spec.autocast else contextlib.nullcontext():
-            loss = call(input_ids=ids, labels=ids).loss
+            loss = call(**batch).loss
         loss.backward()
         if not losses:
             result["dead_gradients"] = dead_gradients(params)
@@ -153,6 +153,9 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
     result["step_ms"] = clock.intervals()
     result["ms"] = statistics.median(result["step_ms"])
     result["tokens_per_s"] = spec.batch * spec.seq / result["ms"] * 1e3
+    if spec.padding is not None or spec.documents:
+        useful = int(batch["attention_mask"].sum()) if "attention_mask" in batch else spec.batch * spec.seq
+        result["useful_tokens"], result["useful_tokens_per_s"] = useful, useful / result["ms"] * 1e3
     result["peak_gib"] = allocated(device, peak=True)
     result["gemm_probe_ms"].append(gemm_probe(device, spec.tiny))
     result["loss_last"], result["grad_norm_last"] = float(losses[-1]), float(norms[-1])

@@ -1,0 +1,306 @@
+"""The operations that masks are built from, one small function each: the meaning of a node from the meanings of its inputs.
+
+arange, ones/zeros/full and their `new_`/`_like` forms, indexing (slices, None, and tensors for all dimensions), unsqueeze, squeeze, view and reshape
+that only move ones, expand, transpose, casts, comparisons, and/or/not, +, -, * and // with numbers, where, masked_fill, triu, tril.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import Node
+
+from fastft.match import value
+from fastft.passes import mask_meaning as m
+from fastft.passes.mask_meaning import Choice, Linear, Meaning, Quotient, Truth
+
+if TYPE_CHECKING:
+    from fastft.passes.mask_reader import Reader
+
+
+class Unknown(Exception):
+    """The operation is not one of those above."""
+
+
+def _number(item: Any) -> int:
+    item = value(item) if isinstance(item, Node) else item
+    if isinstance(item, bool) or not isinstance(item, int):
+        raise Unknown
+    return item
+
+
+def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def _truth(meaning: Meaning | None) -> Truth:
+    """As `bool(x)`: not zero."""
+    if isinstance(meaning, Linear):
+        return m.negate(m.compare("eq", meaning))
+    if isinstance(meaning, Choice):
+        return _choose(meaning, lambda x: x != 0)
+    if meaning is None:
+        raise Unknown
+    return meaning
+
+
+def _choose(choice: Choice, test: Callable[[float], bool]) -> Truth:
+    yes, no = test(choice.yes), test(choice.no)
+    return yes if yes == no else (choice.truth if yes else m.negate(choice.truth))
+
+
+def _constant(dtype: torch.dtype, number: Any) -> Meaning:
+    if dtype == torch.bool:
+        return bool(number)
+    return Choice(True, float(number), float(number)) if dtype.is_floating_point else Linear(constant=int(number))
+
+
+def _filled(number: Any) -> Callable[[Reader, Node], Meaning]:
+    return lambda reader, node: _constant(value(node).dtype, number)
+
+
+def _full(position: int) -> Callable[[Reader, Node], Meaning]:
+    def read(reader: Reader, node: Node) -> Meaning:
+        number = _argument(node, position, "fill_value")
+        if not isinstance(number, int | float):
+            raise Unknown
+        return _constant(value(node).dtype, number)
+
+    return read
+
+
+def _arange(reader: Reader, node: Node) -> Meaning:
+    if value(node).is_floating_point() or _argument(node, 2, "step", 1) != 1:
+        raise Unknown
+    start = _number(node.args[0]) if len(node.args) > 1 else 0
+    return Linear(constant=start).plus(m.index(0))
+
+
+def _cast(reader: Reader, node: Node) -> Meaning:
+    if not isinstance(node.args[0], Node):
+        raise Unknown
+    source, target = reader.read(node.args[0]), value(node).dtype
+    if target == torch.bool:
+        return _truth(source)
+    if isinstance(source, Linear) and not target.is_floating_point:
+        return source
+    if isinstance(source, Choice):
+        if not target.is_floating_point and not all(float(x).is_integer() for x in (source.yes, source.no)):
+            raise Unknown
+        return source
+    if isinstance(source, Linear) or source is None:
+        raise Unknown
+    return Choice(source, 1.0, 0.0)
+
+
+def _identity(reader: Reader, node: Node) -> Meaning:
+    return reader.read(node.args[0])
+
+
+def _moved(reader: Reader, node: Node) -> Meaning:
+    """view, reshape, squeeze, unsqueeze: only dimensions of size 1 come and go."""
+    source, target = value(node.args[0]).shape, value(node).shape
+    old, new = ([d for d, size in enumerate(reversed(shape)) if str(size) != "1"] for shape in (source, target))
+    if [str(source[-1 - d]) for d in old] != [str(target[-1 - d]) for d in new]:
+        raise Unknown
+    return m.at(reader.read(node.args[0]), {a: m.index(b) for a, b in zip(old, new, strict=True)})
+
+
+def _transpose(reader: Reader, node: Node) -> Meaning:
+    dims = value(node).dim()
+    one, two = (dims - 1 - _number(_argument(node, i, f"dim{i - 1}")) % dims for i in (1, 2))
+    return m.at(reader.read(node.args[0]), {one: m.index(two), two: m.index(one)})
+
+
+def _getitem(reader: Reader, node: Node) -> Meaning:
+    source, key = node.args
+    key = list(key) if isinstance(key, tuple | list) else [key]
+    dims, out = value(source).dim(), value(node).dim()
+    if any(isinstance(k, Node) for k in key):  # x[i, j]: every dimension by a tensor
+        indices = [reader.operand(k) for k in key]
+        if len(key) != dims or not all(isinstance(i, Linear) for i in indices):
+            raise Unknown
+        return m.at(reader.read(source), {dims - 1 - k: i for k, i in enumerate(indices)})
+    taken = sum(k is not None and k is not Ellipsis for k in key)
+    if Ellipsis in key:
+        place = key.index(Ellipsis)
+        key[place : place + 1] = [slice(None)] * (dims - taken)
+    else:
+        key += [slice(None)] * (dims - taken)
+    table, source_dim, out_dim = {}, dims - 1, out - 1
+    for k in key:
+        if k is None:
+            out_dim -= 1
+        elif isinstance(k, slice):
+            start = 0 if k.start is None else _number(k.start)
+            if start < 0 or k.step not in (None, 1):
+                raise Unknown
+            table[source_dim] = m.index(out_dim).plus(Linear(constant=start))
+            source_dim, out_dim = source_dim - 1, out_dim - 1
+        else:
+            number = _number(k)
+            if number < 0:
+                raise Unknown
+            table[source_dim] = Linear(constant=number)
+            source_dim -= 1
+    return m.at(reader.read(source), table)
+
+
+def _comparison(op: str) -> Callable[[Reader, Node], Meaning]:
+    python = {"le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt, "eq": operator.eq, "ne": operator.ne}[op]
+
+    def read(reader: Reader, node: Node) -> Meaning:
+        a, b = (reader.operand(x) for x in node.args[:2])
+        if isinstance(a, Choice) and isinstance(b, Choice) and b.yes == b.no:
+            return _choose(a, lambda x: python(x, b.yes))
+        if not (isinstance(a, Linear) and isinstance(b, Linear)):
+            raise Unknown
+        one = Linear(constant=1)
+        if op in ("eq", "ne"):
+            equal = m.compare("eq", a.plus(b, -1))
+            return equal if op == "eq" else m.negate(equal)
+        forms = {"le": a.plus(b, -1), "lt": a.plus(b, -1).plus(one), "ge": b.plus(a, -1), "gt": b.plus(a, -1).plus(one)}
+        return m.compare("le", forms[op])
+
+    return read
+
+
+def _logical(op: str) -> Callable[[Reader, Node], Meaning]:
+    def read(reader: Reader, node: Node) -> Meaning:
+        if value(node).dtype != torch.bool:
+            raise Unknown
+        return m.join(op, [_truth(reader.operand(x)) for x in node.args[:2]])
+
+    return read
+
+
+def _not(reader: Reader, node: Node) -> Meaning:
+    if value(node).dtype != torch.bool:
+        raise Unknown
+    return m.negate(_truth(reader.operand(node.args[0])))
+
+
+def additive(meaning: Meaning | None) -> Choice | None:
+    """A choice between 0 (where the truth holds) and something else."""
+    if not isinstance(meaning, Choice):
+        return None
+    if meaning.truth is True:
+        return meaning if meaning.yes == 0 else None
+    return meaning if meaning.yes == 0 else Choice(m.negate(meaning.truth), 0.0, meaning.yes) if meaning.no == 0 else None
+
+
+def _arithmetic(python: Callable) -> Callable[[Reader, Node], Meaning]:
+    def read(reader: Reader, node: Node) -> Meaning:
+        if node.kwargs:
+            raise Unknown
+        a, b = (reader.operand(x) for x in node.args[:2])
+        if isinstance(a, Linear) and isinstance(b, Linear):
+            if python in (operator.add, operator.sub):
+                return a.plus(b, 1 if python is operator.add else -1)
+            if a.terms and b.terms:
+                raise Unknown
+            form, factor = (a, b.constant) if a.terms else (b, a.constant)
+            return Linear(frozenset((t, c * factor) for t, c in form.terms if factor), form.constant * factor)
+        a, b = (Choice(True, x.constant, x.constant) if isinstance(x, Linear) and not x.terms else x for x in (a, b))
+        if isinstance(a, Choice) and isinstance(b, Choice):
+            if b.truth is True:
+                return Choice(a.truth, python(a.yes, b.yes), python(a.no, b.yes))
+            if a.truth is True:
+                return Choice(b.truth, python(a.yes, b.yes), python(a.yes, b.no))
+            one, two = additive(a), additive(b)
+            if python is operator.add and one and two:
+                return Choice(m.join("and", [one.truth, two.truth]), 0.0, max(one.no, two.no))
+        raise Unknown
+
+    return read
+
+
+def _floordiv(reader: Reader, node: Node) -> Meaning:
+    form, divisor = reader.operand(node.args[0]), _number(node.args[1])
+    if not isinstance(form, Linear) or divisor <= 0:
+        raise Unknown
+    return Linear(frozenset({(Quotient(form, divisor), 1)})) if form.terms else Linear(constant=form.constant // divisor)
+
+
+def choose(truth: Truth, yes: Meaning, no: Meaning) -> Meaning:
+    """`torch.where`."""
+    if isinstance(yes, Choice) and isinstance(no, Choice):
+        if yes.truth is True and no.truth is True:
+            return Choice(truth, yes.yes, no.yes)
+        if yes.truth is True:  # the constant is one of the other's two values
+            return choose(m.negate(truth), no, yes)
+        if no.truth is True and no.yes == yes.no:
+            return Choice(m.join("and", [truth, yes.truth]), yes.yes, yes.no)
+        if no.truth is True and no.yes == yes.yes:
+            return Choice(m.join("or", [m.negate(truth), yes.truth]), yes.yes, yes.no)
+        raise Unknown
+    if any(isinstance(x, Linear | Choice) or x is None for x in (yes, no)):
+        raise Unknown
+    return m.join("or", [m.join("and", [truth, yes]), m.join("and", [m.negate(truth), no])])
+
+
+def _where(reader: Reader, node: Node) -> Meaning:
+    if len(node.args) != 3:
+        raise Unknown
+    condition, yes, no = (reader.operand(x) for x in node.args)
+    return choose(_truth(condition), _as(node, yes), _as(node, no))
+
+
+def _as(node: Node, meaning: Meaning) -> Meaning:
+    """A number as the constant of the node's dtype."""
+    return _constant(value(node).dtype, meaning.constant) if isinstance(meaning, Linear) and not meaning.terms else meaning
+
+
+def _masked_fill(reader: Reader, node: Node) -> Meaning:
+    source, condition, fill = (reader.operand(x) for x in node.args[:3])
+    return choose(_truth(condition), _as(node, fill), source)
+
+
+def _triangle(upper: bool) -> Callable[[Reader, Node], Meaning]:
+    def read(reader: Reader, node: Node) -> Meaning:
+        diagonal = Linear(constant=_number(_argument(node, 1, "diagonal", 0)))
+        offset = m.index(0).plus(m.index(1), -1)  # column - row
+        kept = m.compare("le", diagonal.plus(offset, -1) if upper else offset.plus(diagonal, -1))
+        return choose(kept, reader.read(node.args[0]), _constant(value(node).dtype, 0))
+
+    return read
+
+
+def _cumsum(reader: Reader, node: Node) -> Meaning:
+    source = m.documents(node)
+    positions = None if source is None else reader.read(source)
+    if isinstance(positions, Linear) and positions.terms == m.index(0).terms:
+        return Linear()  # 0, 1, 2, ...: one document
+    raise Unknown
+
+
+HANDLERS: dict[str, Callable[[Reader, Node], Meaning]] = {
+    "arange": _arange,
+    **{name: _filled(1) for name in ("ones", "new_ones", "ones_like")},
+    **{name: _filled(0) for name in ("zeros", "new_zeros", "zeros_like")},
+    **{name: _full(1) for name in ("full", "full_like")},
+    "new_full": _full(2),
+    **{name: _full(0) for name in ("tensor", "scalar_tensor")},
+    **{name: _cast for name in ("to", "bool", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as")},
+    **{name: _identity for name in ("contiguous", "clone", "detach", "expand", "expand_as")},
+    **{name: _moved for name in ("view", "reshape", "squeeze", "unsqueeze")},
+    **{name: _transpose for name in ("transpose", "swapaxes")},
+    "getitem": _getitem,
+    **{name: _comparison(op) for op in ("le", "lt", "ge", "gt", "eq", "ne") for name in (op, f"__{op}__")},
+    **{name: _logical("and") for name in ("and_", "logical_and", "bitwise_and", "__and__")},
+    **{name: _logical("or") for name in ("or_", "logical_or", "bitwise_or", "__or__")},
+    **{name: _not for name in ("invert", "logical_not", "bitwise_not", "__invert__")},
+    "add": _arithmetic(operator.add),
+    "sub": _arithmetic(operator.sub),
+    "rsub": _arithmetic(lambda a, b: b - a),
+    "mul": _arithmetic(operator.mul),
+    **{name: _floordiv for name in ("floordiv", "floor_divide")},
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "triu": _triangle(True),
+    "tril": _triangle(False),
+    "cumsum": _cumsum,
+}
