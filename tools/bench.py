@@ -35,6 +35,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from bench_batch import SHORTEST  # noqa: E402
+import bench_turns  # noqa: E402
 from bench_models import PRESETS, SYSTEMS, tiny  # noqa: E402
 from bench_profile import print_profiles  # noqa: E402
 from bench_systems import source_hash, versions  # noqa: E402
@@ -78,6 +80,7 @@ def parse() -> argparse.Namespace:
     add("--unsloth-path", metavar="DIR", default=os.environ.get("FASTFT_UNSLOTH_PATH"), help="put first on Unsloth's PYTHONPATH")
     add("--timeout", type=float, default=420, help="seconds for one system (default: %(default)s)")
     add("--seed", type=int, default=0)
+    add("--overlap", action="store_true", help="compile all systems at once, time them in turn (bench_turns.py)")
     add("--tiny", action="store_true", help="tiny shapes: a smoke test")
     add("--out", type=Path, help="default: tools/results/<date>-<preset>.json")
     add("--op", choices=("lora_linear", "attention"), help="one operation instead of a whole model")
@@ -116,6 +119,8 @@ def run_system(system: str, args: argparse.Namespace, spec: dict[str, Any], scra
     env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     if not args.tiny:
         env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"] = str(folder / "inductor"), str(folder / "triton")
+    if args.overlap:
+        env.setdefault(bench_turns.VARIABLE, f"{scratch / 'turns'}:{len(args.systems.split(','))}")
     if system == "unsloth":
         env.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=str(folder / "compiled"))
         if args.unsloth_path:
@@ -238,14 +243,13 @@ def bench_models(args: argparse.Namespace) -> bool:
     reference: dict[str, Any] | None = None
     title = f"{what}, {config['num_hidden_layers']} layers, {batch}, LoRA r={args.rank} {args.adapter_dtype}, {host['gpu']}"
     with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as scratch:
+        systems = args.systems.split(",")
         for number in range(args.rounds):
-            for system in args.systems.split(","):
+            pool = ThreadPoolExecutor(len(systems) if args.overlap else 1)
+            ran = {name: pool.submit(run_system, name, args, spec, Path(scratch)) for name in systems if not unavailable(name, args, host["gpu"] != "no GPU")}
+            for system in systems:
                 row: dict[str, Any] = {"system": system, "round": number, "name": system + (f" #{number + 1}" if number else "")}
-                reason = unavailable(system, args, host["gpu"] != "no GPU")
-                if reason:
-                    row["skipped"] = reason
-                else:
-                    row |= run_system(system, args, spec, Path(scratch))
+                row |= ran[system].result() if system in ran else {"skipped": unavailable(system, args, host["gpu"] != "no GPU")}
                 if "ms" in row:
                     row["flags"] = check(row, None if args.dropout else reference)
                     reference = reference or row

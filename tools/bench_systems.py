@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_batch import make_batch
+from bench_turns import alone, ready
 from bench_models import BUILDERS, ROOT, Spec, canonical, seed_parameters
 
 GiB = 2.0**30
@@ -142,37 +143,38 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
         step()
     result["resident_gib"] = allocated(device)
     result["peak_warmup_gib"] = allocated(device, peak=True)
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-    clock = Clock(device)
-    clock.mark()
-    for _ in range(spec.steps):
-        step()
+    with alone():
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        clock = Clock(device)
         clock.mark()
-    result["step_ms"] = clock.intervals()
-    result["ms"] = statistics.median(result["step_ms"])
-    result["tokens_per_s"] = spec.batch * spec.seq / result["ms"] * 1e3
-    if spec.padding is not None or spec.documents:
-        useful = int(batch["attention_mask"].sum()) if "attention_mask" in batch else spec.batch * spec.seq
-        result["useful_tokens"], result["useful_tokens_per_s"] = useful, useful / result["ms"] * 1e3
-    result["peak_gib"] = allocated(device, peak=True)
-    result["gemm_probe_ms"].append(gemm_probe(device, spec.tiny))
-    result["loss_last"], result["grad_norm_last"] = float(losses[-1]), float(norms[-1])
-    result["dynamo"] = dynamo_counters()
-    result["versions"] = versions()
-    if spec.system == "fastft":
-        result["fastft"] = fastft_reports()
-    if device == "cuda":
-        from bench_profile import attention_backend, profile
+        for _ in range(spec.steps):
+            step()
+            clock.mark()
+        result["step_ms"] = clock.intervals()
+        result["ms"] = statistics.median(result["step_ms"])
+        result["tokens_per_s"] = spec.batch * spec.seq / result["ms"] * 1e3
+        if spec.padding is not None or spec.documents:
+            useful = int(batch["attention_mask"].sum()) if "attention_mask" in batch else spec.batch * spec.seq
+            result["useful_tokens"], result["useful_tokens_per_s"] = useful, useful / result["ms"] * 1e3
+        result["peak_gib"] = allocated(device, peak=True)
+        result["gemm_probe_ms"].append(gemm_probe(device, spec.tiny))
+        result["loss_last"], result["grad_norm_last"] = float(losses[-1]), float(norms[-1])
+        result["dynamo"] = dynamo_counters()
+        result["versions"] = versions()
+        if spec.system == "fastft":
+            result["fastft"] = fastft_reports()
+        if device == "cuda":
+            from bench_profile import attention_backend, profile
 
-        try:
-            prof = profile(step, steps=2 if spec.profile else 1)
-            result["attention"] = attention_backend(prof)
-            if spec.profile:
-                result["profile"] = prof
-        except Exception as error:  # the figures above stand without it
-            result["profile_error"] = f"{type(error).__name__}: {error}"[:500]
+            try:
+                prof = profile(step, steps=2 if spec.profile else 1)
+                result["attention"] = attention_backend(prof)
+                if spec.profile:
+                    result["profile"] = prof
+            except Exception as error:  # the figures above stand without it
+                result["profile_error"] = f"{type(error).__name__}: {error}"[:500]
     return result
 
 
@@ -213,6 +215,7 @@ def main() -> None:
         result = measure(spec, "cuda" if torch.cuda.is_available() else "cpu")
     except Exception as error:  # a system that fails is a row that says so
         result = {"error": f"{type(error).__name__}: {error}"[:500], "traceback": traceback.format_exc()[-4000:]}
+    ready()  # a system that failed before its turn
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -1,0 +1,43 @@
+"""`--overlap`: systems build and compile at the same time, and are timed one after the other, each with the machine to itself.
+
+Compiling keeps one core busy for minutes and the GPU idle. Every process goes through its first and its warm-up steps, waits until all others have too, and
+then takes its turn. First-step seconds mean nothing then, and all systems' memory must fit side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+VARIABLE = "FASTFT_BENCH_TURNS"  # FOLDER:PROCESSES, the same for all; set by bench.py, or by hand for several bench.py at once
+
+
+def _turns() -> tuple[Path, int] | None:
+    folder, _, processes = os.environ.get(VARIABLE, "").rpartition(":")
+    return (Path(folder), int(processes)) if folder else None
+
+
+def ready() -> None:
+    """This process keeps no other one waiting any longer."""
+    if turns := _turns():
+        turns[0].mkdir(parents=True, exist_ok=True)
+        (turns[0] / f"ready-{os.getpid()}").touch()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Waits for all processes to be ready, and then for this one's turn."""
+    if not (turns := _turns()):
+        yield
+        return
+    ready()
+    folder, processes = turns
+    while len(list(folder.glob("ready-*"))) < processes:
+        time.sleep(0.2)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
