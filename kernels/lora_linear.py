@@ -72,8 +72,8 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
         lora_a: [r_j, K]. lora_b: [N_owner(j), r_j]. lora_biases: [N_owner(j)] or None.
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
         seeds: int32 [ceil(adapters / 2), ...] where a dropout is not 0, else None.
-        forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams) or
-            "k_extended" (packed weights). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
+        forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams),
+            "k_extended" (packed weights) or "plain" (products and sums, which Inductor fuses into what reads them; in the backward too). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
@@ -152,7 +152,10 @@ class _LoraLinear(torch.autograd.Function):
             for i, (start, end) in enumerate(_columns(spec, lora_a)):
                 b, bias = _b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
                 s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
-                if spec.forward == "outer":
+                if spec.forward == "plain":
+                    y = x @ w + s_i @ b
+                    outputs.append(y if bias is None else y + bias)
+                elif spec.forward == "outer":
                     outputs.append(accumulate_mm(low_rank_mm(s_i, b, bias), x, w))
                 else:
                     outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
@@ -271,7 +274,8 @@ def _backward(spec: Spec, needs, saved, dy):
             dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
     if needs_x:
         for i, w in enumerate(weights):
-            dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))
+            w = w.to(spec.dtype)
+            dx = dx + dy[i] @ w if spec.forward == "plain" else accumulate_mm(dx, dy[i], w)
     return (dx, *d_weights, *d_biases, *d_a, *d_b, *d_lora_biases)
 
 
@@ -281,12 +285,14 @@ def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
     Args:
         x: the group's input, a fake tensor. dtype: of the arithmetic. ranks: of each linear, summed over its adapters.
 
-    The kernels are custom ops, 40 us of the host a call, so they pay where a linear keeps the GPU busy for longer than that:
-    Llama-1B on an H200, 2 x 1024 tokens: 43 ms a step with them, 30 for Inductor; 4 x 2048: 117 ms with them, 124 for
-    Inductor. Elsewhere, and where the number of rows is symbolic, cuBLAS does all.
+    On GPUs the kernels are custom ops, 40 us of the host a call, and the in-place GEMMs 3 us more than Inductor's, so they pay
+    where a linear keeps the GPU busy for longer. Llama-1B on an H200, ms a step: 2 x 1024 tokens with kernels 43, with in-place
+    GEMMs alone 30.9, Inductor 30.3; 4 x 2048 with both 95, Inductor 124. Where the number of rows is symbolic cuBLAS does all, in place.
     """
     rows = math.prod(x.shape[:-1])
     kernels = triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16) and isinstance(rows, int) and rows >= MIN_ROWS
+    if x.is_cuda and isinstance(rows, int) and rows < MIN_ROWS:
+        return "plain", "mm"
     return (
         "outer" if kernels and max(ranks) <= low_rank.MAX_RANK else "accumulate",
         "one_read" if kernels and max(ranks) <= lora_grads.MAX_RANK else "mm",

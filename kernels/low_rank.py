@@ -58,14 +58,11 @@ def reference_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: list[int], dro
 if triton is not None:
 
     @triton.jit
-    def _lowbias32(x):
-        # As in kernels/dropout.py; unsigned, so that shifts are logical without masking.
-        x = x.to(tl.uint32, bitcast=True)
-        x = x ^ (x >> 16)
-        x = x * 0x7FEB352D
+    def _mix(x):
+        # As in kernels/dropout.py; unsigned, so that the shift is logical without masking.
+        x = x.to(tl.uint32, bitcast=True) * 0x7FEB352D
         x = x ^ (x >> 15)
-        x = x * 0x846CA68B
-        return x ^ (x >> 16)
+        return (x * 0x846CA68B).to(tl.int32, bitcast=True)
 
     @triton.jit
     def low_rank_kernel(
@@ -88,7 +85,7 @@ if triton is not None:
     @triton.jit
     def low_rank_dropout_kernel(
         s_ptr, b_ptr, seeds_ptr, out_ptr, M, N, stride_s, stride_br, stride_bn,
-        STARTS: tl.constexpr, RANKS: tl.constexpr, THRESHOLDS: tl.constexpr, SCALES: tl.constexpr,
+        STARTS: tl.constexpr, RANKS: tl.constexpr, LIMITS: tl.constexpr, SCALES: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
     ):  # fmt: skip
         rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -100,7 +97,7 @@ if triton is not None:
         for pair in tl.static_range((len(RANKS) + 1) // 2):
             # One hash serves both adapters of a pair.
             seed = tl.load(seeds_ptr + pair * M + rows, mask=in_m, other=0)
-            bits = _lowbias32(seed[:, None] ^ (cols * 12043)[None, :])  # dropout.SPREAD
+            bits = _mix(seed[:, None] ^ (cols * 12043)[None, :])  # dropout.SPREAD
             for half in tl.static_range(2):
                 if 2 * pair + half < len(RANKS):
                     in_r = ranks < RANKS[2 * pair + half]
@@ -111,7 +108,7 @@ if triton is not None:
                         mask=in_r[:, None] & in_n[None, :],
                         other=0.0,
                     )
-                    keep = ((bits >> (16 * half)) & 0xFFFF) >= THRESHOLDS[2 * pair + half]
+                    keep = (bits << (16 * half)) >= LIMITS[2 * pair + half]
                     total += tl.where(keep, tl.dot(s, b) * SCALES[2 * pair + half], 0.0)
         out = out_ptr + wide_rows[:, None] * N + cols[None, :]
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
@@ -141,7 +138,7 @@ def launch_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: tuple[int, ...], 
     low_rank_dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
         s, b, seeds, out, m, n, s.stride(0), b.stride(0), b.stride(1),
         STARTS=tuple(sum(ranks[:j]) for j in range(len(ranks))), RANKS=ranks,
-        THRESHOLDS=tuple(masks.threshold(p) if p > 0 else 0 for p in dropout),
+        LIMITS=tuple(masks.limit(p) if p > 0 else -(1 << 31) for p in dropout),
         SCALES=tuple(masks.scale(p) if p > 0 else 1.0 for p in dropout),
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), num_warps=WARPS,
     )  # fmt: skip

@@ -58,7 +58,8 @@ def test_llama_trains_right(options, dropout):
     assert any("one_read" in name for name in providers) and (not options or any("k_extended" in name for name in providers))
     torch.manual_seed(0)
     again = step(model, compiled, batch)
-    assert all(torch.allclose(got[n], again[n], rtol=1e-3, atol=1e-6) for n in got), "the same seed gives the same masks"
+    # The same seed gives the same masks. Attention's backward adds in any order: Inductor alone differs by 1.7e-4 from run to run.
+    assert all((got[n] - again[n]).norm() <= 2e-3 * got[n].norm() for n in got)
     if dropout:
         return
     eager = step(model, model, batch)
@@ -66,3 +67,64 @@ def test_llama_trains_right(options, dropout):
     for name, want in exact.items():
         error, plain = (got[name] - want).norm(), (eager[name] - want).norm()
         assert error <= 1.5 * plain + 4e-3 * want.norm(), (name, error / want.norm(), plain / want.norm())
+
+
+def padded(model, seq, side):
+    batch = {k: v.cuda() for k, v in tiny.tiny_batch(model.config, batch=2, seq=seq).items()} | {"attention_mask": torch.ones(2, seq, dtype=torch.long)}
+    batch["attention_mask"][1, slice(seq * 2 // 3, None) if side == "right" else slice(0, seq // 4)] = 0
+    batch["attention_mask"] = batch["attention_mask"].cuda()
+    return batch | {"labels": batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)}
+
+
+def packed(model, seq):
+    positions = torch.cat([torch.arange(seq // 3), torch.arange(seq - seq // 3)])[None].expand(2, -1)
+    batch = {k: v.cuda() for k, v in tiny.tiny_batch(model.config, batch=2, seq=seq).items() if k != "attention_mask"}
+    return batch | {"position_ids": positions.contiguous().cuda()}
+
+
+@pytest.mark.parametrize(
+    "arch, attention, kind",
+    [
+        ("llama", "sdpa", "cudnn: causal" if torch.cuda.get_device_capability()[0] in (9, 10) else "causal"),
+        ("llama", "sdpa", "flex: causal, padding"),
+        ("llama", "eager", "flex: causal, padding"),
+        ("llama", "sdpa", "flex: causal, documents"),
+        ("mistral", "sdpa", "flex: causal, window 16"),
+        ("gemma2", "eager", "flex: causal, padding, softcap"),
+        ("gpt_oss", "eager", "flex: causal, window 16, sinks"),
+    ],
+)
+def test_attention_trains_right(arch, attention, kind):
+    """A length that is no multiple of a tile; the eager model in float32 on the same weights is the measure."""
+    model = tiny.tiny_model(arch, dtype=BF16, attn_implementation=attention, seq=300).cuda().train()
+    if arch == "gpt_oss":  # a bf16 router sends tokens elsewhere after rounding: judge attention alone
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("self_attn" in name)
+    side = "left" if attention == "eager" else "right"
+    batch = padded(model, 300, side) if "padding" in kind else packed(model, 300) if "documents" in kind else packed(model, 300) | {"position_ids": None}
+    torch._dynamo.utils.counters.clear()
+    got = step(model, torch.compile(model, backend="fastft", options={"strict": True}), batch)
+    cache = torch._dynamo.utils.counters["aot_autograd"]
+    assert cache["autograd_cache_saved"] + cache["autograd_cache_hit"] == 1 and not cache["autograd_cache_bypass"]
+    providers = [row.provider for report in fastft.reports() for row in report.rewrites if row.pass_name == "attention"]
+    assert any(kind in provider for provider in providers) and len(providers) == 2
+    eager, exact = step(model, model, batch), step(model.float(), model, batch)
+    for name, want in exact.items():
+        error, plain = (got[name] - want).norm(), (eager[name] - want).norm()
+        assert error <= (3 if arch == "gpt_oss" else 1.5) * plain + 4e-3 * want.norm(), (name, error / want.norm(), plain / want.norm())
+
+
+@pytest.mark.parametrize("kind", ["padding", "documents", "causal"])
+def test_no_tensor_of_query_by_key(kind):
+    """16384 tokens: a bool mask of the square alone would be 256 MiB."""
+    model = tiny.tiny_model("llama", layers=1, dtype=BF16, seq=16384).cuda().train()
+    batch = (
+        padded(model, 16384, "right") if kind == "padding" else packed(model, 16384) if kind == "documents" else packed(model, 16384) | {"position_ids": None}
+    )
+    batch = {k: v if v is None else v[1:] for k, v in batch.items()}
+    compiled = torch.compile(model, backend="fastft", options={"strict": True})
+    step(model, compiled, batch)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(model, compiled, batch)
+    assert torch.cuda.max_memory_allocated() - before < 200 * 2**20

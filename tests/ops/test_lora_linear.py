@@ -99,7 +99,7 @@ def cases(draw):
     )
 
 
-@hypothesis.given(cases(), st.sampled_from(["accumulate", "outer", "k_extended"]))
+@hypothesis.given(cases(), st.sampled_from(["accumulate", "outer", "k_extended", "plain"]))
 @hypothesis.settings(max_examples=80, deadline=None, derandomize=True)
 def test_equals_the_formula(case, forward):
     args = arguments(**case)
@@ -120,7 +120,7 @@ def test_gradients_of_some(frozen):
     assert_equal(args)
 
 
-@pytest.mark.parametrize("forward", ["accumulate", "outer", "k_extended"])
+@pytest.mark.parametrize("forward", ["accumulate", "outer", "k_extended", "plain"])
 @pytest.mark.parametrize("backward", ["mm", "one_read"])
 def test_providers_agree(forward, backward):
     args = arguments(

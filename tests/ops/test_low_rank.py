@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from .targets import TARGETS, resources  # noqa: E402
 
-from fastft.kernels import low_rank  # noqa: E402
+from fastft.kernels import dropout, low_rank  # noqa: E402
 
 INTERPRETED = """
 import torch
@@ -56,7 +56,7 @@ def test_outer_product_compiles_without_spills(capability, memory):
 @pytest.mark.parametrize("capability, memory", TARGETS)
 def test_outer_product_with_dropout_compiles_without_spills(capability, memory):
     types = dict.fromkeys(("s_ptr", "b_ptr", "out_ptr"), "*bf16") | {"seeds_ptr": "*i32"} | dict.fromkeys(STRIDES, "i32")
-    three = {"STARTS": (0, 16, 32), "RANKS": (16, 16, 16), "THRESHOLDS": (3277, 3277, 3277), "SCALES": (1.05, 1.05, 1.05)}
+    three = {"STARTS": (0, 16, 32), "RANKS": (16, 16, 16), "LIMITS": (dropout.limit(0.05),) * 3, "SCALES": (1.05, 1.05, 1.05)}
     needs = resources(
         low_rank.low_rank_dropout_kernel, types, BLOCKS | three | {"BLOCK_R": 16}, capability, num_warps=low_rank.WARPS
     )
