@@ -5,12 +5,16 @@ Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bod
 
 from fastft.passes.accumulate_inplace import accumulate_inplace
 from fastft.passes.attention import attention
+from fastft.passes.documents import documents
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
+from fastft.passes.unread_queries import unread_queries
 
 STAGE_1 = [
     normalize,  # one spelling for each operation
     attention,  # SDPA or matmul, softmax, matmul with a mask -> fastft::attention
+    documents,  # says what does not keep packed documents apart
+    unread_queries,  # padded queries that no loss reads are left out of fastft::attention
     lora_linear,  # sibling linears with adapters -> fastft::lora_linear
 ]
 

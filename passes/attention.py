@@ -14,10 +14,7 @@ The row's provider names the kernel and the mask: "cudnn: causal", "flex: causal
 Left, each with a Miss: the reasons in those two files, and below.
 """
 
-import operator
-
-import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from fastft import _torch, match
 from fastft.kernels import attention as kernel
@@ -25,6 +22,7 @@ from fastft.kernels import mask as masks
 from fastft.match import value
 from fastft.passes.attention_mask import CAUSAL, FULL, Mask, understand
 from fastft.passes.attention_pattern import Attention, find
+from fastft.passes.attention_tiles import once, outermost, tiles
 from fastft.passes.mask_reader import Reader
 from fastft.result import Match, Miss
 
@@ -58,21 +56,20 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
     # Queries without keys: adding the least number to all scores leaves equal weights, a boolean mask leaves zeros; with sinks the sink takes all.
     even_if_empty = call.spelled_out and mask.additive and mask.may_be_empty and call.sinks is None
     provider = kernel.choose(q, v, plain, lengths is not None, special, call.dropout, even_if_empty)
-    reads, tiles, empty, empty_tiles = [], [], None, []
+    reads, blocks, empty, empty_blocks = [], [], None, []
     if provider == "flex":
         reads = [match.bring_in(gm, node) for node in mask.reads]
         rows_of = next((i for i, node in enumerate(mask.reads) if mask.per_row and value(node).dim() > 1), -1)
         args = (list(mask.reads), mask.allowed or "q >= 0", rows_of, *lengths, q.device)
-        tiles = [match.bring_in(gm, node) for node in _tiles(gm, call, args)]
+        blocks = tiles(gm, args, q.fake_mode)
         if even_if_empty:
-            rows = _once(gm, call, masks.empty_op, args)
-            empty = match.bring_in(gm, rows)
-            empty_tiles = [match.bring_in(gm, node) for node in _tiles(gm, call, ([rows], "t0[b, q]", 0, *lengths, q.device))]
+            rows = once(gm, masks.empty_op, args, q.fake_mode)
+            empty, empty_blocks = match.bring_in(gm, rows), tiles(gm, ([rows], "t0[b, q]", 0, *lengths, q.device), q.fake_mode)
     given = call.mask if provider in ("mask", "math") else None
     with gm.graph.inserting_before(call.node):
         new = gm.graph.call_function(
             kernel.op,
-            (call.q, call.k, call.v, given, reads, tiles, empty, empty_tiles, call.sinks, mask.allowed, call.scale, call.softcap, call.dropout, provider),
+            (call.q, call.k, call.v, given, reads, blocks, empty, empty_blocks, call.sinks, mask.allowed, call.scale, call.softcap, call.dropout, provider),
         )
     new.meta = dict(call.node.meta)
     call.node.replace_all_uses_with(new)
@@ -84,11 +81,6 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
     return Match(str(kernel.op.name()), f"{name}: {', '.join([mask.kind, *extras])}", [new])
 
 
-def _outermost(gm: GraphModule) -> GraphModule:
-    calls = match.calls(gm)
-    return _outermost(calls[0].graph.owning_module) if calls else gm
-
-
 def _lengths(gm: GraphModule, queries, keys) -> tuple | None:
     """Both as numbers, or as the inputs of the outermost graph that hold them; None where there are none such."""
     found = []
@@ -96,35 +88,8 @@ def _lengths(gm: GraphModule, queries, keys) -> tuple | None:
         if isinstance(length, int):
             found.append(length)
             continue
-        inputs = [node for node in _outermost(gm).graph.nodes if node.op == "placeholder" and str(value(node)) == str(length)]
+        inputs = [node for node in outermost(gm).graph.nodes if node.op == "placeholder" and str(value(node)) == str(length)]
         if not inputs:
             return None
         found.append(inputs[0])
     return tuple(found)
-
-
-def _once(gm: GraphModule, call: Attention, op, args: tuple) -> Node:
-    """`op(*args)` in the graph of the tensors it reads, right after them; one node for the same arguments."""
-    graph = args[0][0].graph if args[0] else _outermost(gm).graph
-    order = list(graph.nodes)
-    for node in order:
-        if node.target is op and node.args == args:
-            return node
-    needed = [order.index(node) for node in (*args[0], *args[1:]) if isinstance(node, Node)]
-    last = max(needed + [i for i, node in enumerate(order) if node.op == "placeholder"])
-    with graph.inserting_after(order[last]):
-        made = graph.call_function(op, args)
-    with value(call.q).fake_mode:
-        made.meta["example_value"] = op(*torch.fx.node.map_arg(args, value))
-    return made
-
-
-def _tiles(gm: GraphModule, call: Attention, args: tuple) -> list[Node]:
-    """The eight lists of `fastft::block_mask(*args)`."""
-    made = _once(gm, call, masks.op, args)
-    tiles = sorted(made.users, key=lambda node: node.args[1])
-    for number in range(len(tiles), len(made.meta["example_value"])):
-        with made.graph.inserting_after(tiles[-1] if tiles else made):
-            tiles.append(made.graph.call_function(operator.getitem, (made, number)))
-        tiles[-1].meta["example_value"] = made.meta["example_value"][number]
-    return tiles
