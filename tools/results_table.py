@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 EMPTY = "No measurements yet."
 #: what of `spec` makes a setup
-SETUP = ("arch", "config", "batch", "seq", "rank", "alpha", "dropout", "adapter_dtype", "autocast", "checkpointing", "options")
+SETUP = ("arch", "config", "batch", "seq", "rank", "alpha", "dropout", "adapter_dtype", "autocast", "checkpointing", "options", "padding", "documents")
 
 
 def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -71,7 +71,7 @@ def heading(document: dict[str, Any]) -> str:
     facts = [
         f"**{document['arguments']['preset']}**",
         f"{spec['config']['num_hidden_layers']} layers",
-        f"batch {spec['batch']} x {spec['seq']}",
+        f"batch {spec['batch']} x {spec['seq']}{batch_form(spec)}",
         f"LoRA r={spec['rank']} ({spec['adapter_dtype']}{dropout})",
         "every layer recomputed" if spec["checkpointing"] else "nothing recomputed",
     ]
@@ -80,6 +80,12 @@ def heading(document: dict[str, Any]) -> str:
     if spec.get("options"):
         facts.append(f"fastft with `options={spec['options']!r}`")
     return ", ".join(facts)
+
+
+def batch_form(spec: dict[str, Any]) -> str:
+    if spec.get("documents"):
+        return f", documents {spec['documents']}"
+    return "" if spec.get("padding") is None else f", {spec['padding']:.0%} padding"
 
 
 def rows_table(document: dict[str, Any]) -> str:
@@ -93,7 +99,8 @@ def rows_table(document: dict[str, Any]) -> str:
         name = f"{system} (see below)" if row["flags"] else system
         ratio = f"{base / row['ms']:.2f} x" if base else ""
         memory = f"{row['peak_gib']:.1f} ({row['weights_gib']:.1f})"
-        lines.append(f"| {name} | {row['ms']:.1f} | {row['tokens_per_s']:,.0f} | {ratio} | {memory} | {row['first_step_s']:.0f} |")
+        first = "" if document["arguments"].get("overlap") else f"{row['first_step_s']:.0f}"
+        lines.append(f"| {name} | {row['ms']:.1f} | {row['tokens_per_s']:,.0f} | {ratio} | {memory} | {first} |")
     return "\n".join(lines)
 
 
@@ -107,6 +114,8 @@ def footnotes(path: Path, document: dict[str, Any]) -> str:
     for system, row in systems.items():
         if row.get("flags"):
             lines.append(f"{system}, first step: {cell('; '.join(dict.fromkeys(row['flags'])))}.")
+    if document["arguments"].get("overlap"):
+        lines.append("Compiled side by side, so first steps are not shown; timed one after the other.")
     lines.append(f"`{document['command']}`, in [tools/results/{path.name}](tools/results/{path.name})")
     return "\n".join(lines)
 
