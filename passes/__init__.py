@@ -8,10 +8,12 @@ from fastft.passes.attention import attention
 from fastft.passes.documents import documents
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
+from fastft.passes.rope import rope
 from fastft.passes.unread_queries import unread_queries
 
 STAGE_1 = [
     normalize,  # one spelling for each operation
+    rope,  # finds rotary embeddings, for the report; Inductor's kernels for them stay
     attention,  # SDPA or matmul, softmax, matmul with a mask -> fastft::attention
     documents,  # says what does not keep packed documents apart
     unread_queries,  # padded queries that no loss reads are left out of fastft::attention
