@@ -77,12 +77,13 @@ def _flex(q, k, v, reads, blocks, empty, empty_blocks, sinks, allowed, scale, so
         return score - score.detach()
 
     def mask_mod(b, h, i, j, *tensors):
-        return masks.evaluate(allowed, tensors, b, i, j)
+        return masks.evaluate(allowed or "q >= 0", tensors, b, i, j)
 
     out, lse = _torch.flex_attention(q, k, v, capped, mask_mod, blocks, masks.BLOCK, scale, tuple(reads))
     if sinks is not None:
-        out = (out * torch.sigmoid(lse.unsqueeze(-1) - sinks.float().view(1, -1, 1, 1))).to(out.dtype)
-    if empty is not None:  # no tiles, no work where every query has a key
+        out = (out * torch.sigmoid(lse.unsqueeze(-1) - sinks.to(lse.dtype).view(1, -1, 1, 1))).to(out.dtype)
+    if empty is not None:
+        empty = empty.expand(q.shape[0], -1)  # no tiles, no work where every query has a key
         even, _ = _torch.flex_attention(q, k, v, equal, lambda b, h, i, j, rows: rows[b, i], empty_blocks, masks.BLOCK, scale, (empty,))
         out = torch.where(empty[:, None, :, None], even, out)
     return out

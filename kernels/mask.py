@@ -29,6 +29,7 @@ _OPERATORS = {
     ast.BitAnd: operator.and_,
     ast.BitOr: operator.or_,
     ast.LtE: operator.le,
+    ast.GtE: operator.ge,
     ast.Eq: operator.eq,
     ast.Invert: operator.invert,
     ast.USub: operator.neg,
@@ -58,12 +59,17 @@ def evaluate(allowed: str, reads, b, q, kv) -> Tensor:
         if isinstance(node, ast.Compare):
             return _OPERATORS[type(node.ops[0])](at(node.left), at(node.comparators[0]))
         if isinstance(node, ast.Subscript):
-            return at(node.value)[at(node.slice)]
+            return _wide(at(node.value)[at(node.slice)])
         if isinstance(node, ast.Tuple):
             return tuple(at(item) for item in node.elts)
-        return node.value if isinstance(node, ast.Constant) else names[node.id]
+        return node.value if isinstance(node, ast.Constant) else _wide(names[node.id]) if names[node.id].dim() == 0 else names[node.id]
 
     return at(_parsed(allowed))
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Numbers that a sum does not wrap around."""
+    return x.to(torch.int32) if x.dtype in (torch.uint8, torch.int8, torch.int16) else x
 
 
 def dense(allowed: str, reads, batch: int, q_len, kv_len, device: torch.device) -> Tensor:

@@ -14,13 +14,15 @@ The row's provider names the kernel and the mask: "cudnn: causal", "flex: causal
 Left, each with a Miss: the reasons in those two files, and below.
 """
 
+import re
+
 from torch.fx import GraphModule
 
 from fastft import _torch, match
 from fastft.kernels import attention as kernel
 from fastft.kernels import mask as masks
 from fastft.match import value
-from fastft.passes.attention_mask import CAUSAL, FULL, Mask, understand
+from fastft.passes.attention_mask import CAUSAL, FULL, VALUES, Mask, understand
 from fastft.passes.attention_pattern import Attention, find
 from fastft.passes.attention_tiles import once, outermost, tiles
 from fastft.passes.mask_reader import Reader
@@ -53,13 +55,16 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
     plain = mask.allowed in (FULL.allowed, CAUSAL.allowed)
     lengths = _lengths(gm, q.shape[2], k.shape[2])
     special = bool(call.softcap) or call.sinks is not None
-    # Queries without keys: adding the least number to all scores leaves equal weights, a boolean mask leaves zeros; with sinks the sink takes all.
-    even_if_empty = call.spelled_out and mask.additive and mask.may_be_empty and call.sinks is None
+    # Queries without keys: adding a number that swallows the scores leaves equal weights, a boolean mask or -inf zeros; with sinks the sink takes all.
+    even_if_empty = mask.additive and mask.may_be_empty and mask.finite and call.sinks is None
+    if even_if_empty and not mask.swallows:
+        return Miss(VALUES, call.node)
     provider = kernel.choose(q, v, plain, lengths is not None, special, call.dropout, even_if_empty)
     reads, blocks, empty, empty_blocks = [], [], None, []
     if provider == "flex":
         reads = [match.bring_in(gm, node) for node in mask.reads]
-        rows_of = next((i for i, node in enumerate(mask.reads) if mask.per_row and value(node).dim() > 1), -1)
+        by_row = re.search(r"t(\d+)\[b[],]", mask.allowed)
+        rows_of = int(by_row[1]) if by_row else -1
         args = (list(mask.reads), mask.allowed or "q >= 0", rows_of, *lengths, q.device)
         blocks = tiles(gm, args, q.fake_mode)
         if even_if_empty:

@@ -29,7 +29,8 @@ NAMES = {0: "kv", 1: "q", 3: "b"}
 @dataclasses.dataclass(frozen=True)
 class Mask:
     """kind: as above, comma-separated ("full" without any). allowed: "" for all. reads: the tensors t0, t1, ..., nodes of the outermost graph that builds
-    the mask. additive: it is added to the scores. may_be_empty: there may be queries without any key. per_row: it differs within the batch."""
+    the mask. additive: it is added to the scores. may_be_empty: there may be queries without any key. per_row: it differs within the batch.
+    finite: what is added is no infinity. swallows: it leaves nothing of the scores, so that a query without keys has equal weights."""
 
     kind: str
     allowed: str
@@ -37,6 +38,8 @@ class Mask:
     additive: bool = False
     may_be_empty: bool = False
     per_row: bool = False
+    finite: bool = False
+    swallows: bool = False
 
 
 FULL = Mask("full", "", ())
@@ -69,7 +72,17 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
     kinds = ", ".join(dict.fromkeys(parts[part] for part in order))
     # A causal query sees at least itself, as long as nothing but causality, windows, chunks and documents forbids it.
     empty = any(parts[part] in ("padding", "other") for part in order)
-    return Mask(kinds or "full", text, tuple(tensors), choice is not None, empty, 3 in used)
+    added = None if choice is None else choice.no
+    return Mask(
+        kinds or "full",
+        text,
+        tuple(tensors),
+        additive=added is not None,
+        may_be_empty=empty,
+        per_row=3 in used,
+        finite=added is not None and added > float("-inf"),
+        swallows=added is not None and added <= -1e9 and not choice.summed,
+    )
 
 
 def _rank(kind: str) -> int:
@@ -99,7 +112,9 @@ def _text(meaning: Truth | Linear | Read, tensors: list[Node]) -> str:
             tensors.append(meaning.node)
         # A bare number as an index becomes a constant tensor in FlexAttention's graphs, which AOTAutograd's cache refuses.
         places = [_text(i, tensors) if i.terms else f"{i.constant} + 0 * b" for i in meaning.indices]
-        return f"t{tensors.index(meaning.node)}[{', '.join(places)}]"
+        return f"t{tensors.index(meaning.node)}[{', '.join(places)}]" if places else f"t{tensors.index(meaning.node)}"
+    if meaning is False:
+        return "q <= -1"
     if isinstance(meaning, Not):
         return f"~({_text(meaning.truth, tensors)})"
     if isinstance(meaning, Join):

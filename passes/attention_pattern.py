@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from fastft import match
 from fastft.match import is_function, is_method, value
 from fastft.passes.mask_meaning import Choice, Linear
-from fastft.passes.mask_operations import Unknown
+from fastft.passes.mask_indexing import Unknown
 from fastft.passes.mask_reader import Reader
 from fastft.result import Miss
 

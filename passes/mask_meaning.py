@@ -87,6 +87,7 @@ class Choice:
     truth: Truth
     yes: float
     no: float
+    summed: bool = False  # `no` stands for that and anything below
 
 
 Meaning = Linear | Truth | Choice
@@ -160,7 +161,7 @@ def rewrite(meaning: Any, term: Callable[[Term], Linear]) -> Any:
     if isinstance(meaning, Join):
         return join(meaning.op, [rewrite(part, term) for part in meaning.parts])
     if isinstance(meaning, Choice):
-        return Choice(rewrite(meaning.truth, term), meaning.yes, meaning.no)
+        return Choice(rewrite(meaning.truth, term), meaning.yes, meaning.no, meaning.summed)
     return meaning
 
 
@@ -208,13 +209,13 @@ def documents(node: Node) -> Node | None:
     if not (is_method(node, "cumsum") or is_function(node, torch.cumsum)) or _argument(node, 1, "dim") not in (-1, value(node).dim() - 1):
         return None
     changed = node.args[0]
-    if not (is_function(changed, operator.ne, torch.ne) or is_method(changed, "ne")) or changed.args[1] != 1:
+    if not (is_function(changed, operator.ne, torch.ne) or is_method(changed, "ne")) or changed.args[1:] != (1,):
         return None
     steps = changed.args[0]
-    if not is_function(steps, torch.diff) or steps.kwargs.get("dim", -1) != -1 or steps.kwargs.get("n", 1) != 1:
+    if not is_function(steps, torch.diff) or len(steps.args) != 1 or not set(steps.kwargs) <= {"dim", "prepend"} or steps.kwargs.get("dim", -1) != -1:
         return None
     first, source = steps.kwargs.get("prepend"), steps.args[0]
-    if not (is_function(first, operator.sub, torch.sub) and first.args[1] == 1 and is_function(first.args[0], operator.getitem)):
+    if not (is_function(first, operator.sub, torch.sub) and first.args[1:] == (1,) and not first.kwargs and is_function(first.args[0], operator.getitem)):
         return None
     return source if first.args[0].args[0] is source and _takes_first(first.args[0].args[1]) else None
 
@@ -242,10 +243,26 @@ def same_document(truth: Truth, evaluate: Callable[[Node], Meaning]) -> Truth:
         positions = evaluate(source)
         if not isinstance(positions, Linear) or len(positions.terms) != 1:
             continue
-        known = {at(positions, {k: i for k, i in enumerate(reversed(read.indices))}): read.indices[-1] for read in (one, two)}
-        replace = {next(iter(form.terms)): last for form, last in known.items() if not form.constant}
-        if all(c == 1 for _, c in replace):
-            table = {term: last for (term, _), last in replace.items()}
-            kept = [part] + [rewrite(p, lambda t: table.get(t, Linear(frozenset({(t, 1)})))) for p in conjuncts(truth) if p is not part]
-            truth = join("and", kept)
+        if one.indices[:-1] != two.indices[:-1]:
+            continue
+        first, second = (at(positions, dict(enumerate(reversed(read.indices)))) for read in (one, two))
+        (p1, f1), (p2, f2) = next(iter(first.terms)), next(iter(second.terms))
+        if f1 == f2 == 1 and not first.constant and p1 != p2:
+            apart = one.indices[-1].plus(two.indices[-1], -1)
+            truth = join("and", [part] + [_by_indices(p, p1, p2, apart) for p in conjuncts(truth) if p is not part])
+    return truth
+
+
+def _by_indices(truth: Truth, one: Term, two: Term, apart: Linear) -> Truth:
+    """The same with c * `apart` in place of c * (one - two) in every comparison."""
+    if isinstance(truth, Join):
+        return join(truth.op, [_by_indices(part, one, two, apart) for part in truth.parts])
+    if isinstance(truth, Not):
+        return negate(_by_indices(truth.truth, one, two, apart))
+    if isinstance(truth, Compare):
+        terms = dict(truth.form.terms)
+        factor = terms.get(one, 0)
+        if factor and terms.get(two) == -factor:
+            rest = Linear(frozenset((t, c) for t, c in truth.form.terms if t not in (one, two)), truth.form.constant)
+            return compare(truth.op, rest.plus(_times(apart, factor)))
     return truth

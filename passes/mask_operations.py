@@ -15,25 +15,11 @@ from torch.fx import Node
 
 from fastft.match import value
 from fastft.passes import mask_meaning as m
+from fastft.passes.mask_indexing import Unknown, argument, getitem, moved, number, transpose
 from fastft.passes.mask_meaning import Choice, Linear, Meaning, Quotient, Truth
 
 if TYPE_CHECKING:
     from fastft.passes.mask_reader import Reader
-
-
-class Unknown(Exception):
-    """The operation is not one of those above."""
-
-
-def _number(item: Any) -> int:
-    item = value(item) if isinstance(item, Node) else item
-    if isinstance(item, bool) or not isinstance(item, int):
-        raise Unknown
-    return item
-
-
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def _truth(meaning: Meaning | None) -> Truth:
@@ -49,33 +35,35 @@ def _truth(meaning: Meaning | None) -> Truth:
 
 def _choose(choice: Choice, test: Callable[[float], bool]) -> Truth:
     yes, no = test(choice.yes), test(choice.no)
+    if choice.summed and no != test(float("-inf")):
+        raise Unknown
     return yes if yes == no else (choice.truth if yes else m.negate(choice.truth))
 
 
-def _constant(dtype: torch.dtype, number: Any) -> Meaning:
+def _constant(dtype: torch.dtype, fill: Any) -> Meaning:
     if dtype == torch.bool:
-        return bool(number)
-    return Choice(True, float(number), float(number)) if dtype.is_floating_point else Linear(constant=int(number))
+        return bool(fill)
+    return Choice(True, float(fill), float(fill)) if dtype.is_floating_point else Linear(constant=int(fill))
 
 
-def _filled(number: Any) -> Callable[[Reader, Node], Meaning]:
-    return lambda reader, node: _constant(value(node).dtype, number)
+def _filled(fill: Any) -> Callable[[Reader, Node], Meaning]:
+    return lambda reader, node: _constant(value(node).dtype, fill)
 
 
 def _full(position: int) -> Callable[[Reader, Node], Meaning]:
     def read(reader: Reader, node: Node) -> Meaning:
-        number = _argument(node, position, "fill_value")
-        if not isinstance(number, int | float):
+        fill = argument(node, position, "fill_value")
+        if not isinstance(fill, int | float):
             raise Unknown
-        return _constant(value(node).dtype, number)
+        return _constant(value(node).dtype, fill)
 
     return read
 
 
 def _arange(reader: Reader, node: Node) -> Meaning:
-    if value(node).is_floating_point() or _argument(node, 2, "step", 1) != 1:
+    if value(node).is_floating_point() or argument(node, 2, "step", 1) != 1:
         raise Unknown
-    start = _number(node.args[0]) if len(node.args) > 1 else 0
+    start = number(node.args[0] if len(node.args) > 1 or node.args and "end" in node.kwargs else node.kwargs.get("start", 0))
     return Linear(constant=start).plus(m.index(0))
 
 
@@ -85,7 +73,7 @@ def _cast(reader: Reader, node: Node) -> Meaning:
     source, target = reader.read(node.args[0]), value(node).dtype
     if target == torch.bool:
         return _truth(source)
-    if isinstance(source, Linear) and not target.is_floating_point:
+    if isinstance(source, Linear) and not target.is_floating_point and target.itemsize >= min(4, value(node.args[0]).dtype.itemsize):
         return source
     if isinstance(source, Choice):
         if not target.is_floating_point and not all(float(x).is_integer() for x in (source.yes, source.no)):
@@ -100,60 +88,13 @@ def _identity(reader: Reader, node: Node) -> Meaning:
     return reader.read(node.args[0])
 
 
-def _moved(reader: Reader, node: Node) -> Meaning:
-    """view, reshape, squeeze, unsqueeze: only dimensions of size 1 come and go."""
-    source, target = value(node.args[0]).shape, value(node).shape
-    old, new = ([d for d, size in enumerate(reversed(shape)) if str(size) != "1"] for shape in (source, target))
-    if [str(source[-1 - d]) for d in old] != [str(target[-1 - d]) for d in new]:
-        raise Unknown
-    return m.at(reader.read(node.args[0]), {a: m.index(b) for a, b in zip(old, new, strict=True)})
-
-
-def _transpose(reader: Reader, node: Node) -> Meaning:
-    dims = value(node).dim()
-    one, two = (dims - 1 - _number(_argument(node, i, f"dim{i - 1}")) % dims for i in (1, 2))
-    return m.at(reader.read(node.args[0]), {one: m.index(two), two: m.index(one)})
-
-
-def _getitem(reader: Reader, node: Node) -> Meaning:
-    source, key = node.args
-    key = list(key) if isinstance(key, tuple | list) else [key]
-    dims, out = value(source).dim(), value(node).dim()
-    if any(isinstance(k, Node) for k in key):  # x[i, j]: every dimension by a tensor
-        indices = [reader.operand(k) for k in key]
-        if len(key) != dims or not all(isinstance(i, Linear) for i in indices):
-            raise Unknown
-        return m.at(reader.read(source), {dims - 1 - k: i for k, i in enumerate(indices)})
-    taken = sum(k is not None and k is not Ellipsis for k in key)
-    if Ellipsis in key:
-        place = key.index(Ellipsis)
-        key[place : place + 1] = [slice(None)] * (dims - taken)
-    else:
-        key += [slice(None)] * (dims - taken)
-    table, source_dim, out_dim = {}, dims - 1, out - 1
-    for k in key:
-        if k is None:
-            out_dim -= 1
-        elif isinstance(k, slice):
-            start = 0 if k.start is None else _number(k.start)
-            if start < 0 or k.step not in (None, 1):
-                raise Unknown
-            table[source_dim] = m.index(out_dim).plus(Linear(constant=start))
-            source_dim, out_dim = source_dim - 1, out_dim - 1
-        else:
-            number = _number(k)
-            if number < 0:
-                raise Unknown
-            table[source_dim] = Linear(constant=number)
-            source_dim -= 1
-    return m.at(reader.read(source), table)
-
-
 def _comparison(op: str) -> Callable[[Reader, Node], Meaning]:
     python = {"le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt, "eq": operator.eq, "ne": operator.ne}[op]
 
     def read(reader: Reader, node: Node) -> Meaning:
         a, b = (reader.operand(x) for x in node.args[:2])
+        if isinstance(a, Choice) and isinstance(b, Linear) and not b.terms:
+            b = Choice(True, float(b.constant), float(b.constant))
         if isinstance(a, Choice) and isinstance(b, Choice) and b.yes == b.no:
             return _choose(a, lambda x: python(x, b.yes))
         if not (isinstance(a, Linear) and isinstance(b, Linear)):
@@ -189,12 +130,12 @@ def additive(meaning: Meaning | None) -> Choice | None:
         return None
     if meaning.truth is True:
         return meaning if meaning.yes == 0 else None
-    return meaning if meaning.yes == 0 else Choice(m.negate(meaning.truth), 0.0, meaning.yes) if meaning.no == 0 else None
+    return meaning if meaning.yes == 0 else Choice(m.negate(meaning.truth), 0.0, meaning.yes, meaning.summed) if meaning.no == 0 else None
 
 
 def _arithmetic(python: Callable) -> Callable[[Reader, Node], Meaning]:
     def read(reader: Reader, node: Node) -> Meaning:
-        if node.kwargs:
+        if node.kwargs or len(node.args) != 2 or value(node).dtype.itemsize < 4 and not value(node).is_floating_point():
             raise Unknown
         a, b = (reader.operand(x) for x in node.args[:2])
         if isinstance(a, Linear) and isinstance(b, Linear):
@@ -206,20 +147,23 @@ def _arithmetic(python: Callable) -> Callable[[Reader, Node], Meaning]:
             return Linear(frozenset((t, c * factor) for t, c in form.terms if factor), form.constant * factor)
         a, b = (Choice(True, x.constant, x.constant) if isinstance(x, Linear) and not x.terms else x for x in (a, b))
         if isinstance(a, Choice) and isinstance(b, Choice):
+            one, two = additive(a), additive(b)
+            if python is operator.add and one and two and one.no <= -1e4 and two.no <= -1e4:
+                both = m.join("and", [one.truth, two.truth])
+                return Choice(both, 0.0, max(one.no, two.no), one.summed or two.summed or min(one.no, two.no) > float("-inf"))
+            if a.summed or b.summed:
+                raise Unknown
             if b.truth is True:
                 return Choice(a.truth, python(a.yes, b.yes), python(a.no, b.yes))
             if a.truth is True:
                 return Choice(b.truth, python(a.yes, b.yes), python(a.yes, b.no))
-            one, two = additive(a), additive(b)
-            if python is operator.add and one and two:
-                return Choice(m.join("and", [one.truth, two.truth]), 0.0, max(one.no, two.no))
         raise Unknown
 
     return read
 
 
 def _floordiv(reader: Reader, node: Node) -> Meaning:
-    form, divisor = reader.operand(node.args[0]), _number(node.args[1])
+    form, divisor = reader.operand(node.args[0]), number(node.args[1])
     if not isinstance(form, Linear) or divisor <= 0:
         raise Unknown
     return Linear(frozenset({(Quotient(form, divisor), 1)})) if form.terms else Linear(constant=form.constant // divisor)
@@ -233,9 +177,9 @@ def choose(truth: Truth, yes: Meaning, no: Meaning) -> Meaning:
         if yes.truth is True:  # the constant is one of the other's two values
             return choose(m.negate(truth), no, yes)
         if no.truth is True and no.yes == yes.no:
-            return Choice(m.join("and", [truth, yes.truth]), yes.yes, yes.no)
+            return Choice(m.join("and", [truth, yes.truth]), yes.yes, yes.no, yes.summed)
         if no.truth is True and no.yes == yes.yes:
-            return Choice(m.join("or", [m.negate(truth), yes.truth]), yes.yes, yes.no)
+            return Choice(m.join("or", [m.negate(truth), yes.truth]), yes.yes, yes.no, yes.summed)
         raise Unknown
     if any(isinstance(x, Linear | Choice) or x is None for x in (yes, no)):
         raise Unknown
@@ -261,7 +205,7 @@ def _masked_fill(reader: Reader, node: Node) -> Meaning:
 
 def _triangle(upper: bool) -> Callable[[Reader, Node], Meaning]:
     def read(reader: Reader, node: Node) -> Meaning:
-        diagonal = Linear(constant=_number(_argument(node, 1, "diagonal", 0)))
+        diagonal = Linear(constant=number(argument(node, 1, "diagonal", 0)))
         offset = m.index(0).plus(m.index(1), -1)  # column - row
         kept = m.compare("le", diagonal.plus(offset, -1) if upper else offset.plus(diagonal, -1))
         return choose(kept, reader.read(node.args[0]), _constant(value(node).dtype, 0))
@@ -286,9 +230,9 @@ HANDLERS: dict[str, Callable[[Reader, Node], Meaning]] = {
     **{name: _full(0) for name in ("tensor", "scalar_tensor")},
     **{name: _cast for name in ("to", "bool", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as")},
     **{name: _identity for name in ("contiguous", "clone", "detach", "expand", "expand_as")},
-    **{name: _moved for name in ("view", "reshape", "squeeze", "unsqueeze")},
-    **{name: _transpose for name in ("transpose", "swapaxes")},
-    "getitem": _getitem,
+    **{name: moved for name in ("view", "reshape", "squeeze", "unsqueeze")},
+    **{name: transpose for name in ("transpose", "swapaxes")},
+    "getitem": getitem,
     **{name: _comparison(op) for op in ("le", "lt", "ge", "gt", "eq", "ne") for name in (op, f"__{op}__")},
     **{name: _logical("and") for name in ("and_", "logical_and", "bitwise_and", "__and__")},
     **{name: _logical("or") for name in ("or_", "logical_or", "bitwise_or", "__or__")},

@@ -3,7 +3,6 @@
 What passes/mask_operations.py does not know is a read of the node itself. A tensor that is written in place has no meaning.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch.fx import Node
 from fastft import match
 from fastft.match import value
 from fastft.passes import mask_meaning as m
+from fastft.passes.mask_indexing import Unknown
 from fastft.passes.mask_meaning import Choice, Linear, Meaning, Read
-from fastft.passes.mask_operations import HANDLERS, Unknown
+from fastft.passes.mask_operations import HANDLERS
 
 
 class Written(Exception):
@@ -45,14 +45,19 @@ class Reader:
                     meaning = self._operation(node)
                 except Unknown:
                     meaning = _itself(node)
-                ones = {d: Linear() for d, size in enumerate(reversed(value(node).shape)) if isinstance(size, int) and size == 1}
-                self._known[node] = m.at(meaning, ones)
+                self._known[node] = m.at(meaning, self.ones(node))
         return self._known[node]
+
+    def ones(self, node: Node) -> dict[int, Linear]:
+        return {d: Linear() for d, size in enumerate(reversed(value(node).shape)) if isinstance(size, int) and size == 1}
+
+    def itself(self, node: Node) -> Meaning | None:
+        return _itself(node)
 
     def _operation(self, node: Node) -> Meaning:
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         handler = HANDLERS.get(name)
-        if handler is None or not isinstance(value(node), torch.Tensor):
+        if handler is None or not isinstance(value(node), torch.Tensor) or node.kwargs.keys() & _TENSORS:
             raise Unknown
         meaning = handler(self, node)
         if meaning is None:
@@ -75,15 +80,21 @@ class Reader:
         raise Unknown
 
 
-_VIEWS = ("view", "reshape", "expand", "transpose", "unsqueeze", "squeeze")
+# What the handlers expect in their place.
+_TENSORS = {"input", "self", "other", "condition", "mask", "value"}
 
 
 def _written(node: Node) -> bool:
-    """True where the node, or a view of it, is the target of a write."""
+    """True where the node, or what shares its memory, is the target of a write."""
+    storage = value(node).untyped_storage()._cdata if isinstance(value(node), torch.Tensor) else None
     for user in node.users:
         if match.is_mutating(user) and (user.args[:1] == (node,) or user.kwargs.get("out") is node):
             return True
-        if (match.is_function(user, operator.getitem) or match.is_method(user, *_VIEWS)) and _written(user):
+        made = value(user)
+        made = made if isinstance(made, tuple | list) else [made]
+        if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage for x in made) and _written(user):
+            return True
+        if isinstance(value(user), tuple | list) and any(_written(part) for part in user.users):
             return True
     return False
 
