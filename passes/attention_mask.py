@@ -10,7 +10,10 @@ other                       anything else whose reads depend on q or on kv, not 
 
 import dataclasses
 
+import torch
 from torch.fx import Node
+
+from fastft.match import value
 
 from fastft.passes import mask_meaning as m
 from fastft.passes.mask_meaning import Compare, Join, Linear, Not, Quotient, Read, Truth
@@ -22,6 +25,9 @@ FROM_MEMORY = "the mask is read from a tensor of query x key"
 HEADS = "the mask differs between heads"
 WRITTEN = "the mask is written in place"
 VALUES = "the mask adds numbers other than 0 and a very negative one"
+
+# From here down a number added to the scores leaves nothing of them. float16's least number does for scores below 16, half its spacing there.
+LEAST = {torch.float16: -65504.0}
 
 NAMES = {0: "kv", 1: "q", 3: "b"}
 
@@ -81,7 +87,7 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
         may_be_empty=empty,
         per_row=3 in used,
         finite=added is not None and added > float("-inf"),
-        swallows=added is not None and added <= -1e9 and not choice.summed,
+        swallows=added is not None and added <= LEAST.get(value(node).dtype, -1e9) and not choice.summed,
     )
 
 
