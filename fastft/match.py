@@ -140,24 +140,27 @@ _callers: weakref.WeakKeyDictionary[GraphModule, list[Node]] = weakref.WeakKeyDi
 def graph_modules(gm: GraphModule) -> Iterator[GraphModule]:
     """`gm` and the bodies of its checkpoints and regions, each once, outermost first.
 
-    Notes who calls each body, for `outside` and `bring_in`.
+    Notes who calls each body, for `outside` and `bring_in`: all calls, before the first module is given out.
     """
-    yield gm
-    seen: set[int] = set()
+    found: list[GraphModule] = []
+    _collect(gm, found)
+    yield from found
+
+
+def _collect(gm: GraphModule, found: list[GraphModule]) -> None:
+    found.append(gm)
     for node in gm.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") not in _HIGHER_ORDER_BODIES:
             continue
         for arg in node.args:
-            if isinstance(arg, Node) and arg.op == "get_attr":
-                body = getattr(gm, arg.target, None)
-                if not isinstance(body, GraphModule):
-                    continue
-                if id(body) in seen:
-                    _callers[body].append(node)
-                    continue
-                seen.add(id(body))
+            body = getattr(gm, arg.target, None) if isinstance(arg, Node) and arg.op == "get_attr" else None
+            if not isinstance(body, GraphModule):
+                continue
+            if any(body is module for module in found):
+                _callers[body].append(node)
+            else:
                 _callers[body] = [node]
-                yield from graph_modules(body)
+                _collect(body, found)
 
 
 def calls(gm: GraphModule) -> list[Node]:

@@ -16,20 +16,24 @@ Left, each with a Miss: the reasons in those two files, and below.
 
 import re
 
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from fastft import _torch, match
 from fastft.kernels import attention as kernel
 from fastft.kernels import mask as masks
 from fastft.match import value
 from fastft.passes.attention_mask import CAUSAL, FULL, VALUES, Mask, understand
-from fastft.passes.attention_pattern import Attention, find
+from fastft.passes.attention_pattern import BETWEEN, Attention, between, find
 from fastft.passes.attention_tiles import once, outermost, tiles
 from fastft.passes.mask_reader import Reader
 from fastft.result import Match, Miss
 
 LENGTHS = "queries and keys differ in number"
 DTYPES = "q, k and v differ in dtype"
+BROADCAST = "q, k and v differ in batch, heads or head dimension"
+
+# Methods that ask for the memory layout which a product has and attention's kernels do not.
+LAYOUT = ("view", "view_as", "as_strided")
 
 
 def attention(gm: GraphModule) -> list[Match | Miss]:
@@ -52,6 +56,10 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
         return Miss(LENGTHS, call.node)
     if not q.dtype == k.dtype == v.dtype:
         return Miss(DTYPES, call.node)
+    if len({x.shape[0] for x in (q, k, v)}) > 1 or k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+        return Miss(BROADCAST, call.node)
+    if between(call):
+        return Miss(BETWEEN, call.node)
     plain = mask.allowed in (FULL.allowed, CAUSAL.allowed)
     lengths = _lengths(gm, q.shape[2], k.shape[2])
     special = bool(call.softcap) or call.sinks is not None
@@ -65,7 +73,10 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
         reads = [match.bring_in(gm, node) for node in mask.reads]
         by_row = re.search(r"t(\d+)\[b[],]", mask.allowed)
         rows_of = int(by_row[1]) if by_row else -1
-        args = (list(mask.reads), mask.allowed or "q >= 0", rows_of, *lengths, q.device)
+        inner = len({node.graph for node in (*mask.reads, *lengths) if isinstance(node, Node)}) > 1  # made in a body, from what comes from outside too
+        if inner:
+            lengths = tuple(match.bring_in(gm, item) if isinstance(item, Node) else item for item in lengths)
+        args = (reads if inner else list(mask.reads), mask.allowed or "q >= 0", rows_of, *lengths, q.device)
         blocks = tiles(gm, args, q.fake_mode)
         if even_if_empty:
             rows = once(gm, masks.empty_op, args, q.fake_mode)
@@ -77,7 +88,12 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
             (call.q, call.k, call.v, given, reads, blocks, empty, empty_blocks, call.sinks, mask.allowed, call.scale, call.softcap, call.dropout, provider),
         )
     new.meta = dict(call.node.meta)
-    call.node.replace_all_uses_with(new)
+    result = new
+    if value(call.node).is_contiguous() and any(match.is_method(user, *LAYOUT) for user in call.node.users):
+        with gm.graph.inserting_after(new):
+            result = gm.graph.call_method("contiguous", (new,))
+        result.meta = dict(call.node.meta)
+    call.node.replace_all_uses_with(result)
     match.erase_dead(call.node)
     name = provider
     if provider == "sdpa":

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from fastft import match
 from fastft.match import is_function, is_method, value
+from fastft.passes.attention_repeat import unrepeated
 from fastft.passes.mask_meaning import Choice, Linear
 from fastft.passes.mask_indexing import Unknown
 from fastft.passes.mask_reader import Reader
@@ -28,6 +29,7 @@ from fastft.result import Miss
 BIAS = "a bias is added to the scores (ALiBi, relative positions)"
 SHAPE = "not [batch, heads, length, head dimension]"
 FORM = "softmax between two products in a form not known"
+BETWEEN = "a write, or a change of grad mode or autocast, between the scores and the output"
 READ_TWICE = "something else reads the scores or the weights"
 
 SDPA = {torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention}
@@ -54,6 +56,22 @@ class Attention:
 
 class Refused(Exception):
     """Why a softmax between two products is not taken."""
+
+
+def between(call: Attention) -> bool:
+    """True where something is written, or grad mode or autocast change, between the first node that a call replaces and its output."""
+    own, pending = {call.node}, [call.node]
+    while pending:
+        for item in pending.pop().all_input_nodes:
+            if item not in own and item not in (call.q, call.k, call.v, call.mask, call.sinks) and item.op != "placeholder":
+                own.add(item)
+                pending.append(item)
+    order = list(call.node.graph.nodes)
+    first = next((i for i, node in enumerate(order) if node in own), 0)
+    for node in order[first : order.index(call.node)]:
+        if match.changes_state(node) or match.is_mutating(node) and node not in own:
+            return True
+    return False
 
 
 def find(gm: GraphModule, reader: Reader) -> Iterator[Attention | Miss]:
@@ -83,40 +101,6 @@ def _sdpa(node: Node) -> Attention | str:
         return FORM
     scale = value(q).shape[-1] ** -0.5 if scale is None else scale
     return Attention(node, q, k, v, given.get("attn_mask"), bool(given.get("is_causal", False)), float(scale), float(dropout))
-
-
-def unrepeated(q: Node, k: Node, v: Node) -> tuple[Node, Node]:
-    """k and v before they were repeated for grouped queries, where both were and q's heads are a multiple of theirs."""
-    one, two = _before_repeat(k), _before_repeat(v)
-    if one is None or two is None or value(one).shape[1] != value(two).shape[1] or value(q).shape[1] % value(one).shape[1]:
-        return k, v
-    return one, two
-
-
-def _before_repeat(node: Node) -> Node | None:
-    """x [B, h, S, D] under `x[:, :, None].expand(B, h, n, S, D).reshape(B, h * n, S, D)` or `repeat_interleave(x, n, 1)`."""
-    if is_method(node, "contiguous"):
-        node = node.args[0]
-    if is_function(node, torch.repeat_interleave) or is_method(node, "repeat_interleave"):
-        repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        return node.args[0] if isinstance(repeats, int) and dim in (1, -3) else None
-    if not is_method(node, "reshape", "view") or not is_method(node.args[0], "expand"):
-        return None
-    wide = node.args[0]
-    inner = wide.args[0]
-    if not (is_function(inner, operator.getitem) or is_method(inner, "unsqueeze") or is_function(inner, torch.unsqueeze)):
-        return None
-    source = inner.args[0]
-    before, middle, after = value(source).shape, value(wide).shape, value(node).shape
-    if len(before) != 4 or len(middle) != 5 or len(after) != 4 or tuple(value(inner).shape) != (*before[:2], 1, *before[2:]):
-        return None
-    repeated = tuple(middle[:2]) == tuple(before[:2]) and tuple(middle[3:]) == tuple(before[2:]) and tuple(after[2:]) == tuple(before[2:])
-    return source if repeated and after[1] == before[1] * middle[2] else None
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _product_below(softmax: Node) -> Node | None:
@@ -159,7 +143,7 @@ class _Walk:
 
     def factor(self, node: Node) -> float | None:
         """c where the node is `x * c` or `x / c`."""
-        if not (is_function(node, *_MUL, *_DIV) or is_method(node, "mul", "div", "mul_", "div_")) or len(node.args) != 2:
+        if not (is_function(node, *_MUL, *_DIV) or is_method(node, "mul", "div", "mul_", "div_")) or len(node.args) != 2 or node.kwargs:
             return None
         number = self.number(node.args[1])
         divides = node.target in _DIV or node.target in ("div", "div_")
@@ -174,6 +158,8 @@ def _spelled_out(softmax: Node, out: Node, reader: Reader) -> Attention:
     while node is not softmax:
         if is_function(node, torch.nn.functional.dropout):
             given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
+            if dropout:
+                raise Refused(FORM)
             dropout = float(given.get("p", 0.5)) if given.get("training", True) else 0.0
         elif is_function(node, operator.getitem):
             if node.args[1] != (Ellipsis, slice(None, -1, None)) or sliced:
@@ -233,7 +219,7 @@ def _strip(walk: _Walk, node: Node) -> Node:
 def _mask(walk: _Walk, scores: Node) -> tuple[Node, Node | None]:
     """`(the scores before, the mask)`."""
     scores = _strip(walk, scores)
-    if is_function(scores, *_ADD) and len(scores.args) == 2 and all(isinstance(a, Node) for a in scores.args):
+    if is_function(scores, *_ADD) and len(scores.args) == 2 and not scores.kwargs and all(isinstance(a, Node) for a in scores.args):
         given = scores.args
         own = next((i for i in (0, 1) if _is_scores(walk, given[i])), None)
         if own is None:
@@ -271,7 +257,7 @@ def _sinks(walk: _Walk, scores: Node) -> tuple[Node, Node]:
     """`(scores, sinks [H])` under `cat([scores, sinks.reshape(1, -1, 1, 1).expand(...)], -1) - max`."""
     if is_function(scores, operator.sub):
         combined, most = scores.args
-        if len(combined.users) != 2 or not (is_function(most, operator.getitem, getattr) or is_method(most, "amax")):
+        if len(combined.users) != 2 or not _is_maximum(most, combined):
             raise Refused(FORM)
         scores = combined
     scores = _strip(walk, scores)
@@ -279,8 +265,24 @@ def _sinks(walk: _Walk, scores: Node) -> tuple[Node, Node]:
         raise Refused(FORM)
     parts = scores.args[0]
     column = parts[1]
-    while is_method(column, "expand", "reshape", "view", "to", "float") or match.is_cast(column):
+    if is_method(column, "expand"):
+        column = column.args[0]
+    heads = tuple(value(column).shape)
+    while is_method(column, "reshape", "view") or match.is_cast(column):
         column = column.args[0]
     if len(parts) != 2 or len(parts[0].users) != 1 or value(column).dim() != 1:
         raise Refused(FORM)
+    if heads not in ((1, value(column).shape[0], 1, 1), (value(column).shape[0], 1, 1)) or value(column).shape[0] != value(parts[0]).shape[1]:
+        raise Refused(FORM)
     return parts[0], column
+
+
+def _is_maximum(node: Node, of: Node) -> bool:
+    """True for `of.max(-1, keepdim=True).values` and `of.amax(-1, keepdim=True)`."""
+    if is_function(node, operator.getitem, getattr) and node.args[1] in (0, "values"):
+        node = node.args[0]
+        named = is_method(node, "max") or is_function(node, torch.max)
+    else:
+        named = is_method(node, "amax") or is_function(node, torch.amax)
+    given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    return named and given.get("input") is of and given.get("dim") in (-1, 3) and given.get("keepdim") is True

@@ -43,6 +43,8 @@ def unread_queries(gm: GraphModule) -> list[Match | Miss]:
         return []
     losses = [node for node in gm.graph.nodes if is_function(node, torch.nn.functional.cross_entropy)]
     padding = {(text, tuple(map(origin, node.args[4]))) for _, node, text in padded}
+    if any(node.graph is not gm.graph for _, reads in padding for node in reads):
+        return [Miss(MIXES, padded[0][1])]
     rows = value(origin(padded[0][1].args[4][0])).shape
     labels = [_labels(loss, rows) for loss in losses]
     if not losses or None in labels:
