@@ -125,7 +125,9 @@ def pretrain(args) -> dict:
     tokenizer = train_tokenizer(known, args.size["vocab"])
     model = small_llama(tokenizer, args.size["hidden"], args.size["layers"]).to(DEVICE, dtype())
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    console.print(f"Llama, {args.size['layers']} layers, {millions:.1f} M parameters, {dtype()}, {DEVICE}; {args.size['batch']} x {args.size['length']} tokens a step")
+    console.print(
+        f"Llama, {args.size['layers']} layers, {millions:.1f} M parameters, {dtype()}, {DEVICE}; {args.size['batch']} x {args.size['length']} tokens a step"
+    )
     rows = blocks(tokenizer, known, args.size["length"])
     result = train(torch.compile(model, backend=args.backend), model, rows, args.size, args.size["pretrain"], f"pre-training, {args.backend}", seed=1)
     model.save_pretrained(args.out / "base")
@@ -218,7 +220,9 @@ def show(args, pretraining: dict, runs: list[dict], seconds: float) -> None:
     console.print(MEMORY[DEVICE.type], style="dim", highlight=False)
     difference = max(abs(a - b) for a, b in zip(eager["losses"], fast["losses"], strict=True))
     console.print(f"Largest difference of the two loss curves: {difference:.2e}. Tokens/s: {fast['tokens_per_s'] / eager['tokens_per_s']:.2f} x eager.")
-    console.print(f"Pre-training through {args.backend}: loss {pretraining['losses'][0]:.2f} -> {pretraining['losses'][-1]:.2f}, {pretraining['tokens_per_s']:,.0f} tokens/s\n")
+    console.print(
+        f"Pre-training through {args.backend}: loss {pretraining['losses'][0]:.2f} -> {pretraining['losses'][-1]:.2f}, {pretraining['tokens_per_s']:,.0f} tokens/s\n"
+    )
 
     rewrites = Counter((r["pass"], r["op"], r["provider"], leaves(r["fqn"])) for report in fast["reports"] for r in report["rewrites"])
     misses = Counter((m["pass"], m["reason"], leaves(m["fqn"])) for report in fast["reports"] for m in report["misses"])
@@ -235,7 +239,9 @@ def show(args, pretraining: dict, runs: list[dict], seconds: float) -> None:
         console.rule(f"{label} fine-tuning", align="left")
         console.print(text, markup=False, highlight=False)
     console.rule()
-    summary = dict(device=str(DEVICE), torch=torch.__version__, size=args.size, max_loss_difference=difference, pretraining=pretraining, runs=runs, seconds=seconds)
+    summary = dict(
+        device=str(DEVICE), torch=torch.__version__, size=args.size, max_loss_difference=difference, pretraining=pretraining, runs=runs, seconds=seconds
+    )
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(runs, args.out / "loss.png", f"LoRA fine-tuning on {DEVICE.type}")
     console.print(f"{args.out}/loss.png, summary.json, base/, adapter/ written; {seconds:.0f} s in all.")

@@ -1,7 +1,7 @@
 """LoRA fine-tuning in a loop of one's own. All that fastft needs is the line with torch.compile.
 
-    python examples/plain_loop.py --tiny
-    python examples/plain_loop.py --model PATH_OR_NAME --out adapter
+python examples/plain_loop.py --tiny
+python examples/plain_loop.py --model PATH_OR_NAME --out adapter
 """
 
 import argparse

@@ -43,10 +43,13 @@ from fastft.options import Options  # noqa: E402
 from fastft.report import Report  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CACHES = ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass"), (
-    "fxgraph_cache_hit",
-    "fxgraph_cache_miss",
-    "fxgraph_cache_bypass",
+CACHES = (
+    ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass"),
+    (
+        "fxgraph_cache_hit",
+        "fxgraph_cache_miss",
+        "fxgraph_cache_bypass",
+    ),
 )
 
 
@@ -66,7 +69,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=2)
     add("--dtype", choices=DTYPES, help="default: float32 with --arch (bfloat16 with --quant), the saved one with --model")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--options", type=json.loads, default={}, metavar="JSON", help="options of the backend, e.g. '{\"disable\": [\"lora_linear\"]}'")
+    add("--options", type=json.loads, default={}, metavar="JSON", help='options of the backend, e.g. \'{"disable": ["lora_linear"]}\'')
     add("--no-compile", action="store_true", help="capture and rewrite only, compile nothing")
     add("--json", action="store_true", help="print the JSON object instead of the tables")
     add("--html", type=Path, metavar="FILE", help="write the tables to FILE too")
@@ -130,9 +133,7 @@ def quantize(model: nn.Module) -> None:
         if type(module) is not nn.Linear or module is head:
             continue
         weight = module.weight
-        new = bnb.nn.Linear4bit(
-            module.in_features, module.out_features, module.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta"
-        )
+        new = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
         new.weight = bnb.nn.Params4bit(weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new)
         new.bias = module.bias
         parent, _, attribute = name.rpartition(".")

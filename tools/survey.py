@@ -102,11 +102,7 @@ def _rewrites(linears: list[str]) -> dict[str, Any]:
     other = "no graph" if not reports else "no candidate"
     # Where the graph breaks, a frame may start at an inner module, and its paths with it: `h.0.attn.q` for `transformer.h.0.attn.q`.
     tails = {f: [f.split(".", n)[-1] for n in range(f.count(".") + 1)] for f in linears}
-    missed = [
-        {"fqn": f, "reason": next((reasons[tail] for tail in tails[f] if tail in reasons), other)}
-        for f in linears
-        if not done.intersection(tails[f])
-    ]
+    missed = [{"fqn": f, "reason": next((reasons[tail] for tail in tails[f] if tail in reasons), other)} for f in linears if not done.intersection(tails[f])]
     return {"rewritten": len(linears) - len(missed), "missed": missed}
 
 

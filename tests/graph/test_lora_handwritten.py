@@ -245,7 +245,9 @@ def test_printed_graph(rewriter):
     before.compile(model)(x)
     torch._dynamo.reset()
     rewriter.compile(model)(x)
-    expecttest.assert_expected_inline(code(before), """\
+    expecttest.assert_expected_inline(
+        code(before),
+        """\
 mul = mul(x, gain)
 linear = linear(mul, wa)
 dropout = dropout(mul, 0.25)
@@ -260,8 +262,11 @@ matmul_1 = matmul(mul, t)
 t_1 = t(bb)
 matmul_2 = matmul(matmul_1, t_1)
 truediv = truediv(matmul_2, 4)
-add_1 = add(matmul, truediv)""")
-    expecttest.assert_expected_inline(code(rewriter), """\
+add_1 = add(matmul, truediv)""",
+    )
+    expecttest.assert_expected_inline(
+        code(rewriter),
+        """\
 mul = mul(x, gain)
 randint = randint(-2147483648, 2147483647, [1, 3], dtype=torch.int32, device=cpu)
 lora_linear_default = lora_linear.default(mul, [wa, wb], [None, None], [aa, ab], [ba, bb], [None, None], [0, 1], [2.0, 0.25], [0.25, 0.0], randint, accumulate, mm)
@@ -269,7 +274,8 @@ getitem = getitem(lora_linear_default, 0)
 getitem_1 = getitem(lora_linear_default, 1)
 getattr_1 = getattr(wb, T)
 t = t(ab)
-t_1 = t(bb)""")
+t_1 = t(bb)""",
+    )
 
 
 def code(rewriter: Rewriter) -> str:

@@ -123,9 +123,7 @@ def test_gradients_of_some(frozen):
 @pytest.mark.parametrize("forward", ["accumulate", "outer", "k_extended", "plain"])
 @pytest.mark.parametrize("backward", ["mm", "one_read"])
 def test_providers_agree(forward, backward):
-    args = arguments(
-        [2, 9], 24, [16, 8], [4, 7, 1], [0, 0, 1], dropout=[0.0, 0.3, 0.0], bias=[True, False], base=torch.float32, adapters=torch.float32
-    )
+    args = arguments([2, 9], 24, [16, 8], [4, 7, 1], [0, 0, 1], dropout=[0.0, 0.3, 0.0], bias=[True, False], base=torch.float32, adapters=torch.float32)
     assert_equal(args, forward, backward, rtol=1e-5, atol=1e-5)
 
 

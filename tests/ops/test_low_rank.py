@@ -57,7 +57,5 @@ def test_outer_product_compiles_without_spills(capability, memory):
 def test_outer_product_with_dropout_compiles_without_spills(capability, memory):
     types = dict.fromkeys(("s_ptr", "b_ptr", "out_ptr"), "*bf16") | {"seeds_ptr": "*i32"} | dict.fromkeys(STRIDES, "i32")
     three = {"STARTS": (0, 16, 32), "RANKS": (16, 16, 16), "LIMITS": (dropout.limit(0.05),) * 3, "SCALES": (1.05, 1.05, 1.05)}
-    needs = resources(
-        low_rank.low_rank_dropout_kernel, types, BLOCKS | three | {"BLOCK_R": 16}, capability, num_warps=low_rank.WARPS
-    )
+    needs = resources(low_rank.low_rank_dropout_kernel, types, BLOCKS | three | {"BLOCK_R": 16}, capability, num_warps=low_rank.WARPS)
     assert needs["spilled"] == 0 and needs["shared"] <= memory, needs
