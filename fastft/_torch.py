@@ -65,12 +65,20 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+_sdpa_backends: dict[str, str] = {}
+
+
 def sdpa_backend(q, k, v, **options) -> str:
     """What `scaled_dot_product_attention` takes for these fake tensors: "cudnn", "flash", "efficient" or "math"."""
-    with q.fake_mode, torch.enable_grad(), _Names() as seen:
-        fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=True) for x in (q, k, v)]
-        torch.nn.functional.scaled_dot_product_attention(*fakes, **options)
-    return next((kind for kind in ("cudnn", "flash", "efficient") for name in seen.names if f"_product_{kind}_attention" in name), "math")
+    allowed = [getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("cudnn", "flash", "mem_efficient", "math")]
+    key = str([(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)] + [options, allowed])  # layers repeat: 1.6 ms each otherwise
+    if key not in _sdpa_backends:
+        with q.fake_mode, torch.enable_grad(), _Names() as seen:
+            fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device, requires_grad=True) for x in (q, k, v)]
+            torch.nn.functional.scaled_dot_product_attention(*fakes, **options)
+        found = [kind for kind in ("cudnn", "flash", "efficient") for name in seen.names if f"_product_{kind}_attention" in name]
+        _sdpa_backends[key] = found[0] if found else "math"
+    return _sdpa_backends[key]
 
 
 class OptionError(ShortenTraceback, ValueError):

@@ -56,7 +56,13 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
         return Miss(LENGTHS, call.node)
     if not q.dtype == k.dtype == v.dtype:
         return Miss(DTYPES, call.node)
-    if len({x.shape[0] for x in (q, k, v)}) > 1 or k.shape[1] != v.shape[1] or k.shape[2] != v.shape[2] or q.shape[1] % k.shape[1] or q.shape[3] != k.shape[3]:
+    if (
+        len({str(x.shape[0]) for x in (q, k, v)}) > 1
+        or k.shape[1] != v.shape[1]
+        or str(k.shape[2]) != str(v.shape[2])
+        or q.shape[1] % k.shape[1]
+        or q.shape[3] != k.shape[3]
+    ):
         return Miss(BROADCAST, call.node)
     if between(call):
         return Miss(BETWEEN, call.node)

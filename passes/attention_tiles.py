@@ -12,8 +12,9 @@ from fastft.match import value
 
 
 def outermost(gm: GraphModule) -> GraphModule:
+    """The outermost graph that can hand something to `gm`: a body that is called more than once has none around it."""
     calls = match.calls(gm)
-    return outermost(calls[0].graph.owning_module) if calls else gm
+    return outermost(calls[0].graph.owning_module) if len(calls) == 1 else gm
 
 
 def once(gm: GraphModule, target: Any, args: tuple, fake_mode: Any) -> Node:

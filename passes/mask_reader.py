@@ -85,17 +85,15 @@ _TENSORS = {"input", "self", "other", "condition", "mask", "value"}
 
 
 def _written(node: Node) -> bool:
-    """True where the node, or what shares its memory, is the target of a write."""
-    storage = value(node).untyped_storage()._cdata if isinstance(value(node), torch.Tensor) else None
-    for user in node.users:
-        if match.is_mutating(user) and (user.args[:1] == (node,) or user.kwargs.get("out") is node):
-            return True
-        made = value(user)
-        made = made if isinstance(made, tuple | list) else [made]
-        if any(isinstance(x, torch.Tensor) and x.untyped_storage()._cdata == storage for x in made) and _written(user):
-            return True
-        if isinstance(value(user), tuple | list) and any(_written(part) for part in user.users):
-            return True
+    """True where the node's memory, whatever other node names it, is the target of a write in its graph."""
+    if not isinstance(value(node), torch.Tensor):
+        return False
+    storage = value(node).untyped_storage()._cdata
+    for item in node.graph.nodes:
+        if match.is_mutating(item):
+            targets = [*item.args[:1], item.kwargs.get("out")]
+            if any(isinstance(value(x), torch.Tensor) and value(x).untyped_storage()._cdata == storage for x in targets if isinstance(x, Node)):
+                return True
     return False
 
 

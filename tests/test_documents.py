@@ -153,7 +153,7 @@ def test_collators(name, provider):
     assert len(rewriter.graphs) == 1 and sum(rewriter.providers.values()) == 1 and not rewriter.misses
 
 
-@pytest.mark.parametrize("name", ["trl", "transformers"])
+@pytest.mark.parametrize("name, provider", [("trl", "flex"), ("transformers", "cpu")], indirect=["provider"])
 def test_totals_that_change(name, provider):
     """A graph for the first total, one for all others."""
     model, rewriter, collate = tiny_model("mistral", layers=1), Rewriter(of="attention"), collator(name)

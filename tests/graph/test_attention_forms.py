@@ -214,6 +214,7 @@ ODD = {
     "keys written": lambda q, k, v: (c := 1 * k.detach(), w := weights(q.detach(), c), c.zero_(), w @ v + c)[-1],  # a cache that is used again
     "diagonal written": lambda q, k, v: sdpa(q, k, v, changed(causal(), lambda mask: mask.diagonal().fill_(False))),
     "padding written": lambda q, k, v, pad: sdpa(q, k, v, (p := pad.roll(1, -1), padded(p), p.chunk(2)[0].fill_(True))[1]),
+    "its base written": lambda q, k, v, pad: sdpa(q, k, v, (p := pad.roll(1, -1), padded(p.unfold(1, S, 1)[:, 0]), p.fill_(True))[1]),
     "a view of the result": lambda q, k, v: (weights(*(x.view(B, S, H, D).transpose(1, 2) for x in (q, k))) @ v.view(B, S, H, D).transpose(1, 2)).view(-1, D),
     "softcap alone": lambda q, k, v: torch.softmax(capped(product(q, k)), -1) @ v,
     "softcap, other length": lambda q, k_long, v_long: torch.softmax(capped(product(q, k_long)), -1) @ v_long,
@@ -232,37 +233,31 @@ ODD = {
 }
 
 
-# Wrong or raising today. strict: what is repaired must leave these lists.
-WRONG = set()
-WRONG_FLEX = set()
-
-
-def expect_wrong(request, name: str, provider: str) -> None:
-    if name in WRONG or provider == "flex" and name in WRONG_FLEX:
-        request.applymarker(pytest.mark.xfail(strict=True))
-
-
 @pytest.mark.parametrize("name", ODD)
-def test_odd(name, provider, request):
-    expect_wrong(request, name, provider)
+def test_odd(name, provider):
     assert_equal(ODD[name], Rewriter(of="attention"))
 
 
-def regions(first, second):
+def regions(inside, first, second):
     @torch.compiler.nested_compile_region
-    def region(q, k, v, mask):
-        return sdpa(q, k, v, mask)
+    def region(q, k, v, pad, mask):
+        return sdpa(q, k, v, mask if inside is None else inside(pad))
 
-    return lambda q, k, v: region(region(q, k, v, first()), k, v, second())
+    return lambda q, k, v, pad: region(region(q, k, v, pad, first()), k, v, pad, second())
 
 
-REGIONS = {"causal": (causal, lambda: causal().triu(-3)), "window": (lambda: causal().triu(-3), causal)}
+def window(pad: Tensor | None = None) -> Tensor:
+    return causal().triu(-3)
+
+
+# The mask made inside, or the two given.
+REGIONS = {"causal": (None, causal, window), "window": (None, window, causal)}
+REGIONS |= {"padding inside": (padded, causal, causal), "window inside": (window, causal, causal)}
 
 
 @pytest.mark.parametrize("name", REGIONS)
-def test_region(name, provider, request):
+def test_region(name, provider):
     """One body, called twice: what a mask is must hold for both calls."""
-    expect_wrong(request, f"region: {name}", provider)
     assert_equal(regions(*REGIONS[name]), Lowered())
 
 
@@ -277,8 +272,7 @@ LOW = {
 
 @pytest.mark.parametrize("how", ["float16", "bfloat16", "autocast"])
 @pytest.mark.parametrize("name", LOW)
-def test_low_precision(name, how, provider, request):
-    expect_wrong(request, f"{name}, {how}", provider)
+def test_low_precision(name, how, provider):
     form, row = LOW[name]
     names, dtype = list(inspect.signature(form).parameters), torch.float32 if how == "autocast" else getattr(torch, how)
     rewriter, wanted = Rewriter(of="attention"), results(form, names)
