@@ -29,8 +29,8 @@ def scale(p: float) -> float:
 
 
 def threshold(p: float) -> int:
-    """So many of the 65536 values of a half are dropped: p in 65536ths, at least one and never all."""
-    return min(max(round(p * _STEPS), 1), _STEPS - 1)
+    """So many of the 65536 values of a half are dropped: p in 65536ths, at least one and never all; none where p is 0."""
+    return min(max(round(p * _STEPS), 1), _STEPS - 1) if p > 0 else 0
 
 
 def limit(p: float) -> int:
@@ -45,6 +45,11 @@ def _mix(x: Tensor) -> Tensor:
     return x * (0x846CA68B - (1 << 32))
 
 
+def columns(cols: int, device: torch.device) -> Tensor:
+    """The columns' part of the hash: int32 [cols]."""
+    return torch.arange(cols, dtype=torch.int32, device=device) * SPREAD
+
+
 def keep_mask(seeds: Tensor, adapter: int, p: float, cols: int) -> Tensor:
     """Bool [rows, cols], True with probability 1 - p.
 
@@ -52,6 +57,10 @@ def keep_mask(seeds: Tensor, adapter: int, p: float, cols: int) -> Tensor:
         seeds: int32 [n, rows]; one row of it for every two adapters.
         adapter: index of the adapter in its group; it picks the seeds and the half of the hash.
     """
-    col = torch.arange(cols, dtype=torch.int32, device=seeds.device)[None, :]
-    bits = _mix(seeds[adapter // 2][:, None] ^ (col * SPREAD))
+    bits = _mix(seeds[adapter // 2][:, None] ^ columns(cols, seeds.device)[None, :])
     return (bits << 16 if adapter % 2 else bits) >= limit(p)
+
+
+def dropped(x: Tensor, seeds: Tensor, adapter: int, p: float) -> Tensor:
+    """x [rows, cols] as the adapter sees it, in its dtype."""
+    return x if p == 0 else torch.where(keep_mask(seeds, adapter, p, x.shape[1]), x * scale(p), 0.0).to(x.dtype)

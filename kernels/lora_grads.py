@@ -124,12 +124,12 @@ def _cuda(dy: Tensor, s: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
     def fallback() -> tuple[Tensor, Tensor]:
         ds, db = reference(dy, s, b)
-        return _padded(ds, column_spans(dy.shape[1])[0]), _padded(db, row_blocks(dy.shape[0], config[0]))
+        return padded(ds, column_spans(dy.shape[1])[0]), padded(db, row_blocks(dy.shape[0], config[0]))
 
     return guarded("lora_grads", lambda: launch(dy, s, b, config), fallback)
 
 
-def _padded(part: Tensor, count: int) -> Tensor:
+def padded(part: Tensor, count: int) -> Tensor:
     """The partial sums of the reference with zeros behind them, in the shape that the fake promised."""
     return torch.cat([part, part.new_zeros((count - 1, *part.shape[1:]))])
 

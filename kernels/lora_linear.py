@@ -2,10 +2,10 @@
 
     y_i = x W_i^T + b_i + sum_j scaling_j * (dropout_j(x) A_j^T) B_j^T      for every adapter j that linear i owns
 
-    forward     s  = x [scaling A_0; scaling A_1; ...]^T  one skinny GEMM for the group
+    forward     s  = x [scaling A_0; scaling A_1; ...]^T  one skinny GEMM for the group (dropout: low_rank_dropout.py)
                 y_i = s_i B_i^T + b_i ; y_i += x W_i^T    (added inside the GEMM)
     backward    dS_i = dY_i B_i ; dB_i = dY_i^T s_i       (one read of dY_i where a kernel serves)
-                dA = scaling dS^T x                       one GEMM for the group
+                dA = scaling dS^T x                       one GEMM for the group (dropout: likewise)
                 dX = dS [scaling A_0; ...] ; dX += dY_i W_i                         (added inside the GEMMs)
     saves       x and s
 
@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from fastft.kernels import dropout as masks
-from fastft.kernels import lora_grads, low_rank
+from fastft.kernels import lora_grads, low_rank, low_rank_dropout
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, triton
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
 from fastft.kernels.packed import PAD
 from fastft.kernels.packed import op as packed_linears
 
@@ -49,16 +49,13 @@ class Spec:
     """What of a call is not a tensor. `owner[j]` is the linear that adapter j belongs to (ascending)."""
 
     linears: int
+    ranks: tuple[int, ...]
     owner: tuple[int, ...]
     scaling: tuple[float, ...]
     dropout: tuple[float, ...]
     forward: str
     backward: str
     dtype: torch.dtype
-
-    @property
-    def adapters(self) -> int:
-        return len(self.owner)
 
     def owned(self, linear: int) -> list[int]:
         return [j for j, owner in enumerate(self.owner) if owner == linear]
@@ -80,7 +77,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.is_floating_point() else x.dtype
-    spec = Spec(len(weights), tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype)
+    spec = Spec(len(weights), tuple(a.shape[0] for a in lora_a), tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype)
     if seeds is not None:
         seeds = seeds.reshape(seeds.shape[0], -1)
     with torch.autocast(device, enabled=False):
@@ -94,14 +91,14 @@ op = torch.ops.fastft.lora_linear.default
 
 def _split(spec: Spec, tensors) -> list[tuple]:
     """weights, biases, lora_a, lora_b, lora_biases"""
-    sizes = (spec.linears, spec.linears, spec.adapters, spec.adapters, spec.adapters)
+    sizes = (spec.linears, spec.linears, *[len(spec.ranks)] * 3)
     ends = list(itertools.accumulate(sizes))
     return [tuple(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _columns(spec: Spec, lora_a) -> list[tuple[int, int]]:
+def _columns(spec: Spec) -> list[tuple[int, int]]:
     """Where each linear's adapters stand among the columns of s."""
-    ends = list(itertools.accumulate(a.shape[0] for a in lora_a))
+    ends = list(itertools.accumulate(spec.ranks))
     starts = [0, *ends[:-1]]
     return [(starts[owned[0]], ends[owned[-1]]) for owned in map(spec.owned, range(spec.linears))]
 
@@ -123,12 +120,8 @@ def _b(spec: Spec, lora_b, linear: int) -> Tensor:
 
 
 def _dropped(spec: Spec, seeds: Tensor, x: Tensor, adapter: int) -> Tensor:
-    p = spec.dropout[adapter]
-    if p == 0:
-        return x
     with _recomputed():
-        keep = masks.keep_mask(seeds, adapter, p, x.shape[1])
-        return torch.where(keep, x * masks.scale(p), 0.0).to(x.dtype)
+        return masks.dropped(x, seeds, adapter, spec.dropout[adapter])
 
 
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,7 +142,7 @@ class _LoraLinear(torch.autograd.Function):
         else:
             s = _low_rank_input(spec, seeds, x, lora_a)
             outputs = []
-            for i, (start, end) in enumerate(_columns(spec, lora_a)):
+            for i, (start, end) in enumerate(_columns(spec)):
                 b, bias = _b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
                 s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
                 if spec.forward == "plain":
@@ -171,11 +164,21 @@ class _LoraLinear(torch.autograd.Function):
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
 
 
+def _mask_arguments(spec: Spec, seeds, x: Tensor) -> tuple | None:
+    """What `dropped_mm` and `dropped_grad` take beside the factors, None where plain products serve."""
+    if spec.backward != "one_read" or not low_rank_dropout.serves(x, spec.ranks):
+        return None
+    with _recomputed():
+        return seeds, masks.columns(x.shape[1], x.device), spec.ranks, spec.dropout
+
+
 def _low_rank_input(spec: Spec, seeds, x: Tensor, lora_a) -> Tensor:
     """s = x [A_0; A_1; ...]^T, [M, sum r]; with dropout each adapter sees its own x."""
     if not any(spec.dropout):
         return x @ _stack(spec, lora_a).t()
-    parts = [_dropped(spec, seeds, x, j) @ _a(spec, lora_a, j).t() for j in range(spec.adapters)]
+    if arguments := _mask_arguments(spec, seeds, x):
+        return low_rank_dropout.dropped_mm(x, _stack(spec, lora_a), *arguments).sum(0).to(spec.dtype)
+    parts = [_dropped(spec, seeds, x, j) @ _a(spec, lora_a, j).t() for j in range(len(spec.ranks))]
     return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
@@ -200,12 +203,10 @@ def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_bias
         low_rank = torch.nn.functional.pad(s, (0, PAD - s.shape[1]))
     else:
         low_rank = _stack(spec, lora_a, PAD)
-    tails = []
-    for i, (start, end) in enumerate(_columns(spec, lora_a)):
-        tails.append(torch.nn.functional.pad(_b(spec, lora_b, i), (start, PAD - end)))
+    tails = [torch.nn.functional.pad(_b(spec, lora_b, i), (start, PAD - end)) for i, (start, end) in enumerate(_columns(spec))]
     total = [_bias(spec, biases, lora_biases, i) for i in range(spec.linears)]
     s, *outputs = packed_linears(extended, low_rank, any(spec.dropout), list(weights), tails, total)
-    return x, s[:, : sum(a.shape[0] for a in lora_a)], outputs
+    return x, s[:, : sum(spec.ranks)], outputs
 
 
 def _a(spec: Spec, lora_a, adapter: int) -> Tensor:
@@ -217,8 +218,8 @@ def _a(spec: Spec, lora_a, adapter: int) -> Tensor:
 def _stack(spec: Spec, lora_a, rows: int = 0) -> Tensor:
     """[sum r, K]: the scaled A matrices one below the other, with rows of zeros up to `rows`."""
     with _recomputed():
-        parts = [_a(spec, lora_a, j) for j in range(spec.adapters)]
-        missing = rows - sum(a.shape[0] for a in lora_a)
+        parts = [_a(spec, lora_a, j) for j in range(len(spec.ranks))]
+        missing = rows - sum(spec.ranks)
         if missing > 0:
             parts.append(parts[0].new_zeros((missing, parts[0].shape[1])))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -229,13 +230,13 @@ def _backward(spec: Spec, needs, saved, dy):
     weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
     needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], _split(spec, needs[1:])
     d_weights, d_biases = [None] * spec.linears, [None] * spec.linears
-    d_a, d_b, d_lora_biases = ([None] * spec.adapters for _ in range(3))
-    ds = [None] * spec.adapters
+    d_a, d_b, d_lora_biases = ([None] * len(spec.ranks) for _ in range(3))
+    ds = [None] * len(spec.ranks)
     wide = torch.promote_types(spec.dtype, torch.float32)
-    for i, (start, end) in enumerate(_columns(spec, lora_a)):
+    for i, (start, end) in enumerate(_columns(spec)):
         owned = spec.owned(i)
         b = _b(spec, lora_b, i)
-        ranks = [lora_a[j].shape[0] for j in owned]
+        ranks = [spec.ranks[j] for j in owned]
         if spec.backward == "one_read" and any(need_b[j] for j in owned):
             ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], b)
             ds_i, db_i = ds_parts.sum(0).to(spec.dtype), db_parts.sum(0)
@@ -255,24 +256,23 @@ def _backward(spec: Spec, needs, saved, dy):
             for j in owned:
                 if need_lora_bias[j]:
                     d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
-    dx = None
     ds_all = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
-    if any(spec.dropout):
-        for j, a in enumerate(lora_a):
-            if need_a[j]:
-                d_a[j] = (_mm(ds[j].t(), _dropped(spec, seeds, x, j), wide) * spec.scaling[j]).to(a.dtype)
-        if needs_x:
-            ranks = [a.shape[0] for a in lora_a]
-            dx = low_rank_mm_dropout(ds_all, _stack(spec, lora_a), seeds, ranks, list(spec.dropout))
-    else:
-        if any(need_a):
-            parts = _mm(ds_all.t(), x, wide).split([a.shape[0] for a in lora_a])
-            for j, part in enumerate(parts):
-                d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
-        if needs_x:
-            stacked = _stack(spec, lora_a)
-            dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
+    if any(need_a):
+        if not any(spec.dropout):
+            parts = _mm(ds_all.t(), x, wide).split(spec.ranks)
+        elif arguments := _mask_arguments(spec, seeds, x):
+            parts = low_rank_dropout.dropped_grad(ds_all, x, *arguments).sum(0).split(spec.ranks)
+        else:
+            parts = [_mm(ds[j].t(), _dropped(spec, seeds, x, j), wide) if need_a[j] else None for j in range(len(spec.ranks))]
+        for j, part in enumerate(parts):
+            d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
+    dx = None
     if needs_x:
+        stacked = _stack(spec, lora_a)
+        if any(spec.dropout):
+            dx = low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)
+        else:
+            dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
         for i, w in enumerate(weights):
             w = w.to(spec.dtype)
             dx = dx + dy[i] @ w if spec.forward == "plain" else accumulate_mm(dx, dy[i], w)
@@ -290,7 +290,7 @@ def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
     GEMMs alone 30.9, Inductor 30.3; 4 x 2048 with both 95, Inductor 124. Where the number of rows is symbolic cuBLAS does all, in place.
     """
     rows = math.prod(x.shape[:-1])
-    kernels = triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16) and isinstance(rows, int) and rows >= MIN_ROWS
+    kernels = low_rank.runs(x, dtype) and isinstance(rows, int) and rows >= MIN_ROWS
     if x.is_cuda and isinstance(rows, int) and rows < MIN_ROWS:
         return "plain", "mm"
     return (

@@ -58,7 +58,7 @@ def reference_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: list[int], dro
 if triton is not None:
 
     @triton.jit
-    def _mix(x):
+    def mix(x):
         # As in kernels/dropout.py; unsigned, so that the shift is logical without masking.
         x = x.to(tl.uint32, bitcast=True) * 0x7FEB352D
         x = x ^ (x >> 15)
@@ -97,7 +97,7 @@ if triton is not None:
         for pair in tl.static_range((len(RANKS) + 1) // 2):
             # One hash serves both adapters of a pair.
             seed = tl.load(seeds_ptr + pair * M + rows, mask=in_m, other=0)
-            bits = _mix(seed[:, None] ^ (cols * 12043)[None, :])  # dropout.SPREAD
+            bits = mix(seed[:, None] ^ (cols * 12043)[None, :])  # dropout.SPREAD
             for half in tl.static_range(2):
                 if 2 * pair + half < len(RANKS):
                     in_r = ranks < RANKS[2 * pair + half]
@@ -114,13 +114,14 @@ if triton is not None:
         tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_m[:, None] & in_n[None, :])
 
 
-def _unit_columns(s: Tensor) -> Tensor:
+def unit_columns(s: Tensor) -> Tensor:
+    """As the kernels want it: neighbours in a row side by side."""
     return s if s.stride(1) == 1 else s.contiguous()
 
 
 def launch(s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """s @ b + bias by the kernel."""
-    s = _unit_columns(s)
+    s = unit_columns(s)
     (m, r), n = s.shape, b.shape[1]
     out = s.new_empty((m, n))
     low_rank_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
@@ -132,22 +133,26 @@ def launch(s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def launch_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: tuple[int, ...], dropout: tuple[float, ...]) -> Tensor:
     """The sum of the terms of `ranks`, each under its mask, by the kernel."""
-    s = _unit_columns(s)
+    s = unit_columns(s)
     (m, _), n = s.shape, b.shape[1]
     out = s.new_empty((m, n))
     low_rank_dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
         s, b, seeds, out, m, n, s.stride(0), b.stride(0), b.stride(1),
         STARTS=tuple(sum(ranks[:j]) for j in range(len(ranks))), RANKS=ranks,
-        LIMITS=tuple(masks.limit(p) if p > 0 else -(1 << 31) for p in dropout),
-        SCALES=tuple(masks.scale(p) if p > 0 else 1.0 for p in dropout),
+        LIMITS=tuple(map(masks.limit, dropout)), SCALES=tuple(map(masks.scale, dropout)),
         BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=max(16, triton.next_power_of_2(max(ranks))), num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
+def runs(x: Tensor, dtype: torch.dtype) -> bool:
+    """True where Triton kernels can do arithmetic in `dtype` on x, which may be fake: CUDA, 16 bit."""
+    return triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16)
+
+
 def serves(s: Tensor, largest_rank: int, limit: int = MAX_RANK) -> bool:
-    """True where the kernel is faster than the reference: CUDA, 16 bit, few columns (see MAX_RANK)."""
-    return triton is not None and s.is_cuda and s.dtype in (torch.bfloat16, torch.float16) and largest_rank <= limit
+    """True where the kernel is faster than the reference: few columns (see MAX_RANK)."""
+    return runs(s, s.dtype) and largest_rank <= limit
 
 
 def _cuda(s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,7 +10,8 @@ import tiny
 from conftest import ROOT  # noqa: F401
 
 import fastft
-from fastft.kernels import lora_grads, low_rank
+from fastft.kernels import dropout as masks
+from fastft.kernels import lora_grads, lora_linear, low_rank, low_rank_dropout
 
 BF16 = torch.bfloat16
 
@@ -128,3 +129,49 @@ def test_no_tensor_of_query_by_key(kind):
     before = torch.cuda.memory_allocated()
     step(model, compiled, batch)
     assert torch.cuda.max_memory_allocated() - before < 200 * 2**20
+
+
+@pytest.mark.parametrize(
+    "m, k, ranks, dropout",
+    [
+        (8192, 2048, (16, 16, 16), (0.05, 0.05, 0.05)),
+        (8192, 8192, (16,), (0.05,)),
+        (4099, 1000, (8, 33), (0.0, 0.5)),
+        (4097, 777, (64, 3, 64, 64), (0.1, 0.0, 0.0, 0.9)),  # two launches
+        (33, 64, (1,), (0.3,)),
+    ],
+)
+def test_products_under_dropout(m, k, ranks, dropout):
+    """Slices, as the graph hands them over; of packed storage x is one too."""
+    total = sum(ranks)
+    x, ds = torch.randn(m, k + 64, device="cuda", dtype=BF16)[:, :k], torch.randn(m, total + 8, device="cuda", dtype=BF16)[:, :total]
+    a = torch.randn(total, k, device="cuda", dtype=BF16)
+    seeds = torch.randint(-(2**31), 2**31 - 1, ((len(ranks) + 1) // 2, m), dtype=torch.int32, device="cuda")
+    rest = (seeds, masks.columns(k, x.device), list(ranks), list(dropout))
+    for op, reference, first, second in (
+        (low_rank_dropout.dropped_mm, low_rank_dropout.reference_mm, x, a),
+        (low_rank_dropout.dropped_grad, low_rank_dropout.reference_grad, ds, x),
+    ):
+        got, want = op(first, second, *rest), reference(first.double(), second.double(), *rest)[0]
+        assert (got.sum(0) - want).norm() <= 1e-5 * want.norm(), op
+        assert torch.equal(got, op(first, second, *rest)), "the order of the sums is not fixed"
+
+
+@pytest.mark.parametrize("forward", ["outer", "k_extended"])
+def test_lora_linear_under_dropout(forward):
+    """Kernels in bf16 against plain products in float32, forward and all gradients, compiled: the same seeds, the same masks."""
+    m, k, outs, owner, dropout = 4096, 512, (512, 256), (0, 1, 1), (0.1, 0.0, 0.3)
+    rand = lambda *shape: (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).to(BF16).float()  # noqa: E731
+    tensors = [rand(m, k), *(rand(n, k) for n in outs), *(rand(16, k) for _ in owner), *(rand(outs[i], 16) for i in owner)]
+    seeds = torch.randint(-(2**31), 2**31 - 1, (2, m), dtype=torch.int32, device="cuda")
+
+    def call(x, *rest, providers):
+        return lora_linear.op(x, rest[:2], [None] * 2, rest[2:5], rest[5:], [None] * 3, owner, [2.0, 1.0, 0.5], dropout, seeds, *providers)
+
+    def gradients(dtype, *providers):
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        outputs = torch.compile(call)(*leaves, providers=providers)
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.sin(torch.arange(y.numel(), device="cuda")).view(y.shape).to(y.dtype) for y in outputs])]
+
+    for i, (got, want) in enumerate(zip(gradients(BF16, forward, "one_read"), gradients(torch.float32, "plain", "mm"), strict=True)):
+        assert (got - want).norm() <= 1e-2 * want.norm(), i
