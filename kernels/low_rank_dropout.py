@@ -11,12 +11,12 @@ kernels/lora_grads.py does; the caller adds them up in ATen.
 Costs on sm_90, by the compiled code: a hash is 2 multiplications, which have a pipe of their own, and 3 operations on the
 integer pipe (64 a cycle and multiprocessor); a mask 3 more (compare, select, half an unpacking and half a packing), and a
 multiplication for the lower half. With what surrounds them 6.4, 9.0 and 14.6 operations an element on that pipe for one, two
-and three adapters, in the gradient 7.3, 9.9 and 15.4. At 8192 x 2048 on an H200 that is 7.3, 10.2 and 16.5 us of arithmetic,
-in the gradient 8.3, 11.2 and 17.4, beside 8 us to read x (33.5 MB at 4.1 TB/s); three adapters are bound by arithmetic.
+and three adapters, in the gradient 7.3, 9.9 and 15.4. Measured on an H200 at 8192 x 2048, rank 16: 13.5, 17.0 and 26.1 us, the gradient
+14.1, 18.8 and 25.7, beside 9.5 us to read x (33.5 MB); plain ATen takes 26, 49 and 75, the gradient 30, 57 and 82. Three adapters are bound by
+arithmetic.
 
-Masked x is the left operand of `tl.dot`, so the gradient computes tiles of dA^T = (mask x)^T dS. The tensor cores take a left
-operand from registers, where the masked tile is; `wgmma` (sm_90, 4 warps or more) takes a right one from shared memory only,
-where the tile of A or dS is anyhow. Triton loads x from shared memory in the operand's layout (`ldmatrix`, transposed for the gradient)
+Masked x is the left operand of `tl.dot`, so the gradient computes tiles of dA^T = (mask x)^T dS: the tensor cores take it from registers,
+where the masked tile is. Triton loads x from shared memory in the operand's layout (`ldmatrix`, transposed for the gradient)
 and masks it there, as long as all that the mask is made of are loads and constants. An `arange` in the loop makes it mask in the
 layout of the load and pass every masked tile through shared memory, with two barriers for each adapter. So the columns' part of
 the hash is an input, `dropout.columns(K)`: 4 bytes a column, one small kernel for all calls of a graph with that K.
@@ -42,22 +42,24 @@ except ImportError:  # CPU builds of PyTorch come without Triton
 
 MAX_RANK = 64  # of one adapter
 
-# What one launch serves: so many columns of s (ranks rounded up to powers of two, 96 accumulators a thread) and so many
+# What one launch serves: so many columns of s (ranks rounded up to powers of two, 64 accumulators a thread) and so many
 # adapters. More take another launch, which reads x again.
-MAX_WIDTH, MAX_ADAPTERS = 192, 4
+MAX_WIDTH, MAX_ADAPTERS = 128, 4
 
 # (columns of s, (BLOCK_M, BLOCK_K, num_warps, num_stages)), the first that is wide enough. Nothing spills on any target
-# (tests/ops). Two warps, each with rows of x of its own (columns in the gradient): 64 elements a thread. With 32 LLVM turns the
-# compares of a pair of adapters into one mask of 64 bits and takes it apart again, 20 operations instead of 14.6 for three adapters.
-# sm_90: 179 and 198 registers, 29 KiB of shared memory, 5 programs a multiprocessor.
-MM_CONFIGS = [(48, (64, 64, 2, 3)), (96, (64, 64, 4, 3)), (192, (128, 32, 8, 3))]
-GRAD_CONFIGS = [(48, (64, 64, 2, 3)), (96, (64, 64, 4, 3)), (192, (32, 128, 8, 3))]
+# (tests/ops). Two warps, each with rows of x of its own (columns in the gradient): 64 elements a thread up to 48 columns. With 32 LLVM
+# turns the compares of a pair of adapters into one mask of 64 bits and takes it apart again, 20 operations instead of 14.6 for three adapters.
+# sm_90: 179 and 198 registers, 29 KiB of shared memory, 5 programs a multiprocessor. The best of 9 on an H200 at all six shapes measured.
+# Never four warps: then Triton takes `wgmma`, and in Triton 3.6 the gradient of an adapter without dropout beside a wider one was wrong there
+# (ranks 64 and 3, H200: off by 24 %, and an illegal address where the first had dropout).
+MM_CONFIGS = [(48, (64, 64, 2, 3)), (128, (32, 32, 2, 3))]
+GRAD_CONFIGS = [(48, (64, 64, 2, 3)), (128, (64, 32, 2, 3))]
 
 # `dropped_mm` cuts K into so many spans: with 8192 rows 512 programs, 3.9 for each of an H200's 132 multiprocessors. Partial
 # sums, 4 * M * sum r * 4 bytes, written and read once: for three adapters of rank 16 19 % of x at K = 2048, 9 % at 4096.
 SPANS = 4
 
-# Columns that a span is a multiple of, whatever the configuration: the largest BLOCK_K.
+# Columns that a span is a multiple of, whatever the configuration: twice the largest BLOCK_K.
 SPAN_STEP = 128
 
 LIBRARY.define("dropped_mm(Tensor x, Tensor a, Tensor seeds, Tensor columns, int[] ranks, float[] dropout) -> Tensor")
