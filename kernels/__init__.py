@@ -1,5 +1,5 @@
 """Canonical ops, one a file: schema, reference, backward, GPU kernels. Importing this package registers them."""
 
-from fastft.kernels import accumulate, lora_grads, lora_linear, low_rank, packed
+from fastft.kernels import accumulate, attention, linear_cross_entropy, lora_grads, lora_linear, low_rank, low_rank_dropout, mask, packed, valid_rows
 
-__all__ = ["accumulate", "lora_grads", "lora_linear", "low_rank", "packed"]
+__all__ = ["accumulate", "attention", "linear_cross_entropy", "lora_grads", "lora_linear", "low_rank", "low_rank_dropout", "mask", "packed", "valid_rows"]
