@@ -4,6 +4,7 @@ import operator
 import re
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -56,14 +57,30 @@ def is_method(node: object, *names: str) -> bool:
 
 def is_linear(node: object) -> bool:
     """True for `linear(x, weight[, bias])` with a 2-D weight."""
-    return isinstance(node, Node) and node.op == "call_function" and node.target in LINEAR
+    return is_function(node, *LINEAR)
+
+
+def given(node: Node, *names: str) -> dict[str, Any]:
+    """The arguments that a call was given, by name: those passed by position are `names`, in order."""
+    return dict(zip(names, node.args, strict=False)) | node.kwargs
 
 
 def linear_args(node: Node) -> tuple[Node, Node, Node | None]:
-    """`(x, weight, bias or None)` of a linear call, whatever was passed by keyword."""
-    names = ("input", "weight", "bias")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    return given["input"], given["weight"], given.get("bias")
+    """`(x, weight, bias or None)` of a linear call."""
+    args = given(node, "input", "weight", "bias")
+    return args["input"], args["weight"], args.get("bias")
+
+
+def dropout_args(node: Node) -> tuple[Node, float, bool]:
+    """`(x, p, training)` of a call of `torch.nn.functional.dropout`."""
+    args = given(node, "input", "p", "training", "inplace")
+    return args["input"], args.get("p", 0.5), args.get("training", True)
+
+
+def cross_entropy_args(node: Node) -> dict[str, Any]:
+    """All arguments of a call of `torch.nn.functional.cross_entropy`, by name."""
+    optional = {"weight": None, "size_average": None, "ignore_index": -100, "reduce": None, "reduction": "mean", "label_smoothing": 0.0}
+    return optional | given(node, "input", "target", *optional)
 
 
 def is_cast(node: object) -> bool:
@@ -182,6 +199,18 @@ def outside(placeholder: Node) -> Node | None:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     operand = call.args[len(call.args) - len(inputs) + inputs.index(placeholder)]
     return operand if isinstance(operand, Node) else None
+
+
+def origin(node: Node) -> Node:
+    """What a node is in the outermost graph that can hand it in: `outside` as often as there is one."""
+    outer = outside(node) if node.op == "placeholder" else None
+    return node if outer is None else origin(outer)
+
+
+def outermost(gm: GraphModule) -> GraphModule:
+    """The outermost graph that can hand something to `gm`: a body that is called more than once has none around it."""
+    call = _only_call(gm)
+    return gm if call is None else outermost(call.graph.owning_module)
 
 
 def bring_in(gm: GraphModule, node: Node) -> Node:

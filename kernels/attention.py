@@ -5,24 +5,30 @@
 | sdpa | `scaled_dot_product_attention` without a mask: PyTorch takes cuDNN on Hopper and Blackwell, flash elsewhere | all or causal |
 | flex | FlexAttention's kernels, tiles from `fastft::block_mask` | every other mask that no tensor of q x kv is behind, softcap, sinks; 16 bits, CUDA |
 | mask | `scaled_dot_product_attention` with the model's own mask | the rest |
-| math | matmul, softmax, matmul | softcap and sinks where FlexAttention does not run |
+| cudnn, flash, flash_cpu | the same kernels as sdpa's, with sinks (kernels/attention_sinks.py) | causal with sinks |
+| math | matmul, softmax, matmul | softcap and sinks where none of these run |
 
 k and v are never repeated for grouped queries (`enable_gqa`; FlexAttention reads them as they are).
 The op decomposes while AOTAutograd traces: the joint graph holds PyTorch's own attention ops, which save q, k, v, the output and the log-sum-exp.
 
-Sinks (gpt-oss, transformers/models/gpt_oss/modeling_gpt_oss.py) are one more logit a head whose value is zero:
+Sinks (gpt-oss, transformers/models/gpt_oss/modeling_gpt_oss.py) are one more logit a head whose value is zero; with FlexAttention:
     out = out_without * exp(lse - logaddexp(lse, sink)) = out_without * sigmoid(lse - sink)
 exact in the gradients too, because FlexAttention differentiates its log-sum-exp.
 
-One layer at Llama-8B's shape, forward + backward on an H200, torch 2.11, ms (docs/notes.md): causal 4 x 2048 cuDNN 1.28, FlexAttention 2.01; 30 % padding
-flex 1.92, cuDNN with the mask 3.34; window 1024 of 8192 flex 1.88, flash 2.16; documents in 8192 flex 4.23, flash (varlen) 4.58.
+One layer at Llama-8B's shape, forward + backward on an H200, torch 2.11, ms (tools/results/2026-11-22-op-attention.json): causal 4 x 2048 cuDNN 1.14, flash
+1.95, the model's own mask 3.37; 30 % padding of 4 x 2048 flex 1.57, flash (varlen) 1.51, own mask 3.37; window 1024 of 8192 flex 1.52, varlen 1.98, own mask
+12.3; documents in 8192 flex 0.88, varlen 0.99, own mask 12.3.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from fastft import _torch
+from fastft.kernels import attention_sinks
 from fastft.kernels import mask as masks
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.low_rank import triton
@@ -56,6 +62,8 @@ def attention(q, k, v, mask, reads, blocks, empty, empty_blocks, sinks, allowed,
     with torch.autocast(device, enabled=False):
         if provider == "flex":
             return _flex(q, k, v, reads, blocks, empty, empty_blocks, sinks, allowed, scale, softcap)
+        if provider in attention_sinks.KERNELS:
+            return attention_sinks.causal(q, k, v, sinks, scale, provider)
         if provider == "math":
             return _math(q, k, v, mask, sinks, allowed, scale, softcap, dropout)
         if mask is not None and mask.is_floating_point():
@@ -66,6 +74,18 @@ def attention(q, k, v, mask, reads, blocks, empty, empty_blocks, sinks, allowed,
 
 LIBRARY.impl("attention", attention, "CompositeImplicitAutograd")
 op = torch.ops.fastft.attention.default
+_PLACES = {argument.name: place for place, argument in enumerate(op._schema.arguments)}
+
+
+def get(node: Node, name: str) -> Any:
+    """The argument `name` of a call of the op in a graph."""
+    return node.args[_PLACES[name]]
+
+
+def change(node: Node, **arguments: Any) -> None:
+    """Gives a call of the op in a graph other arguments."""
+    for name, item in arguments.items():
+        node.update_arg(_PLACES[name], item)
 
 
 def _flex(q, k, v, reads, blocks, empty, empty_blocks, sinks, allowed, scale, softcap) -> Tensor:
@@ -113,7 +133,8 @@ def choose(q: Tensor, v: Tensor, plain: bool, readable: bool, special: bool, dro
 
     Args:
         q, v: fake tensors. plain: everything or causal is allowed. readable: no tensor of q x kv is behind the mask. special: softcap or sinks.
-            even_if_empty: equal weights for a query without keys; PyTorch's CPU kernel is wrong there (its log-sum-exp swallows the count of the keys: gradients 30 times too large).
+        even_if_empty: equal weights for a query without keys. PyTorch's CPU kernel is wrong there: its log-sum-exp swallows the count of the keys, and the
+            gradients are 30 times too large.
     """
     if plain and not special:
         return "sdpa"

@@ -20,7 +20,6 @@ BLOCK = 128
 LIBRARY.define("block_mask(Tensor[] reads, str allowed, int rows_of, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]")
 LIBRARY.define("empty_rows(Tensor[] reads, str allowed, int rows_of, SymInt q_len, SymInt kv_len, Device device) -> Tensor")
 
-
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -62,7 +61,10 @@ def evaluate(allowed: str, reads, b, q, kv) -> Tensor:
             return _wide(at(node.value)[at(node.slice)])
         if isinstance(node, ast.Tuple):
             return tuple(at(item) for item in node.elts)
-        return node.value if isinstance(node, ast.Constant) else _wide(names[node.id]) if names[node.id].dim() == 0 else names[node.id]
+        if isinstance(node, ast.Constant):
+            return node.value
+        tensor = names[node.id]
+        return _wide(tensor) if tensor.dim() == 0 else tensor
 
     return at(_parsed(allowed))
 

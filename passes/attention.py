@@ -7,24 +7,24 @@
              y = fastft::attention(q, k, v, None, [padding], tiles, ..., "(kv <= q) & (t0[b, kv])", ..., "flex")
 
 A plain causal mask becomes `is_causal=True`, and repeated k and v become `enable_gqa=True`: the masked form made cuDNN compute the full square,
-2.6 times slower (docs/notes.md).
+3.0 times slower (1.136 against 3.37 ms at 4 x 2048, tools/results/2026-11-22-op-attention.json).
 
 Taken: the spellings in passes/attention_pattern.py with the masks of passes/attention_mask.py; inside checkpointed bodies too, with the tiles made outside.
 The row's provider names the kernel and the mask: "cudnn: causal", "flex: causal, window 1024, padding".
 Left, each with a Miss: the reasons in those two files, and below.
 """
 
-import re
-
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fastft import _torch, match
 from fastft.kernels import attention as kernel
+from fastft.kernels import attention_sinks
 from fastft.kernels import mask as masks
 from fastft.match import value
 from fastft.passes.attention_mask import CAUSAL, FULL, VALUES, Mask, understand
 from fastft.passes.attention_pattern import BETWEEN, Attention, between, find
-from fastft.passes.attention_tiles import once, outermost, tiles
+from fastft.passes.attention_tiles import once, tiles
 from fastft.passes.mask_reader import Reader
 from fastft.result import Match, Miss
 
@@ -37,8 +37,11 @@ LAYOUT = ("view", "view_as", "as_strided")
 
 
 def attention(gm: GraphModule) -> list[Match | Miss]:
-    reader = Reader(match.outside)
-    return [found if isinstance(found, Miss) else _replace(gm, found, reader) for found in find(gm, reader)]
+    if match.calls(gm):  # bodies are handled with the graph around them: what makes their masks is read once
+        return []
+    reader = Reader()
+    found = ((body, call) for body in match.graph_modules(gm) for call in find(body, reader))
+    return [call if isinstance(call, Miss) else _replace(body, call, reader) for body, call in found]
 
 
 def _mask(call: Attention, reader: Reader) -> Mask | str:
@@ -68,30 +71,20 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
         return Miss(BETWEEN, call.node)
     plain = mask.allowed in (FULL.allowed, CAUSAL.allowed)
     lengths = _lengths(gm, q.shape[2], k.shape[2])
+    readable = lengths is not None and (mask.rows_of >= 0 or not mask.per_row)  # the tiles know the batch from that read
     special = bool(call.softcap) or call.sinks is not None
     # Queries without keys: adding a number that swallows the scores leaves equal weights, a boolean mask or -inf zeros; with sinks the sink takes all.
     even_if_empty = mask.additive and mask.may_be_empty and mask.finite and call.sinks is None
     if even_if_empty and not mask.swallows:
         return Miss(VALUES, call.node)
-    provider = kernel.choose(q, v, plain, lengths is not None, special, call.dropout, even_if_empty)
-    reads, blocks, empty, empty_blocks = [], [], None, []
-    if provider == "flex":
-        reads = [match.bring_in(gm, node) for node in mask.reads]
-        by_row = re.search(r"t(\d+)\[b[],]", mask.allowed)
-        rows_of = int(by_row[1]) if by_row else -1
-        inner = len({node.graph for node in (*mask.reads, *lengths) if isinstance(node, Node)}) > 1  # made in a body, from what comes from outside too
-        if inner:
-            lengths = tuple(match.bring_in(gm, item) if isinstance(item, Node) else item for item in lengths)
-        args = (reads if inner else list(mask.reads), mask.allowed or "q >= 0", rows_of, *lengths, q.device)
-        blocks = tiles(gm, args, q.fake_mode)
-        if even_if_empty:
-            rows = once(gm, masks.empty_op, args, q.fake_mode)
-            empty, empty_blocks = match.bring_in(gm, rows), tiles(gm, ([rows], "t0[b, q]", 0, *lengths, q.device), q.fake_mode)
+    provider = kernel.choose(q, v, plain, readable, special, call.dropout, even_if_empty)
+    if call.sinks is not None and mask.allowed == CAUSAL.allowed and not (call.softcap or call.dropout):
+        provider = attention_sinks.choose(q, k, v) or provider
     given = call.mask if provider in ("mask", "math") else None
+    tensors = _tensors(gm, mask, lengths, q, even_if_empty) if provider == "flex" else ([], [], None, [])
     with gm.graph.inserting_before(call.node):
         new = gm.graph.call_function(
-            kernel.op,
-            (call.q, call.k, call.v, given, reads, blocks, empty, empty_blocks, call.sinks, mask.allowed, call.scale, call.softcap, call.dropout, provider),
+            kernel.op, (call.q, call.k, call.v, given, *tensors, call.sinks, mask.allowed, call.scale, call.softcap, call.dropout, provider)
         )
     new.meta = dict(call.node.meta)
     result = new
@@ -108,6 +101,19 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
     return Match(str(kernel.op.name()), f"{name}: {', '.join([mask.kind, *extras])}", [new])
 
 
+def _tensors(gm: GraphModule, mask: Mask, lengths: tuple, q: Tensor, even_if_empty: bool) -> tuple[list[Node], list[Node], Node | None, list[Node]]:
+    """`reads`, `blocks`, `empty` and `empty_blocks` of a call in `gm`. q: its fake tensor."""
+    sources, reads = list(mask.reads), [match.bring_in(gm, node) for node in mask.reads]
+    if len({node.graph for node in (*sources, *lengths) if isinstance(node, Node)}) > 1:  # some made in the body: so are the tiles
+        sources, lengths = reads, tuple(match.bring_in(gm, item) if isinstance(item, Node) else item for item in lengths)
+    args = (sources, mask.allowed or "q >= 0", mask.rows_of, *lengths, q.device)
+    blocks = tiles(gm, args, q.fake_mode)
+    if not even_if_empty:
+        return reads, blocks, None, []
+    rows = once(gm, masks.empty_op, args, q.fake_mode)
+    return reads, blocks, match.bring_in(gm, rows), tiles(gm, ([rows], "t0[b, q]", 0, *lengths, q.device), q.fake_mode)
+
+
 def _lengths(gm: GraphModule, queries, keys) -> tuple | None:
     """Both as numbers, or as the inputs of the outermost graph that hold them; None where there are none such."""
     found = []
@@ -115,7 +121,7 @@ def _lengths(gm: GraphModule, queries, keys) -> tuple | None:
         if isinstance(length, int):
             found.append(length)
             continue
-        inputs = [node for node in outermost(gm).graph.nodes if node.op == "placeholder" and str(value(node)) == str(length)]
+        inputs = [node for node in match.outermost(gm).graph.nodes if node.op == "placeholder" and str(value(node)) == str(length)]
         if not inputs:
             return None
         found.append(inputs[0])

@@ -14,7 +14,6 @@ import torch
 from torch.fx import Node
 
 from fastft.match import value
-
 from fastft.passes import mask_meaning as m
 from fastft.passes.mask_meaning import Compare, Join, Linear, Not, Quotient, Read, Truth
 from fastft.passes.mask_operations import additive
@@ -36,7 +35,8 @@ NAMES = {0: "kv", 1: "q", 3: "b"}
 class Mask:
     """kind: as above, comma-separated ("full" without any). allowed: "" for all. reads: the tensors t0, t1, ..., nodes of the outermost graph that builds
     the mask. additive: it is added to the scores. may_be_empty: there may be queries without any key. per_row: it differs within the batch.
-    finite: what is added is no infinity. swallows: it leaves nothing of the scores, so that a query without keys has equal weights."""
+    rows_of: the number of a read whose first dimension is the batch, or -1. finite: what is added is no infinity. swallows: it leaves nothing of the scores,
+    so that a query without keys has equal weights."""
 
     kind: str
     allowed: str
@@ -44,6 +44,7 @@ class Mask:
     additive: bool = False
     may_be_empty: bool = False
     per_row: bool = False
+    rows_of: int = -1
     finite: bool = False
     swallows: bool = False
 
@@ -64,11 +65,9 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
         truth = m.same_document(choice.truth if choice else meaning, reader.read)
     except Written:
         return WRITTEN
-    for read in m.reads(truth):
-        used = m.indices_of(read)
-        if {0, 1} <= used:
-            return FROM_MEMORY
-    used = m.indices_of(truth)
+    reads, used = m.reads(truth), m.indices_of(truth)
+    if any({0, 1} <= m.indices_of(read) for read in reads):
+        return FROM_MEMORY
     if 2 in used:
         return HEADS
     parts = {part: kind for part in m.conjuncts(truth) if (kind := _kind(part, keys)) != ""}
@@ -79,6 +78,7 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
     # A causal query sees at least itself, as long as nothing but causality, windows, chunks and documents forbids it.
     empty = any(parts[part] in ("padding", "other") for part in order)
     added = None if choice is None else choice.no
+    by_row = [read.node for read in reads if read.indices[:1] == (m.index(3),) and str(value(read.node).shape[0]) == str(value(node).shape[0])]
     return Mask(
         kinds or "full",
         text,
@@ -86,6 +86,7 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
         additive=added is not None,
         may_be_empty=empty,
         per_row=3 in used,
+        rows_of=min(map(tensors.index, by_row), default=-1),
         finite=added is not None and added > float("-inf"),
         swallows=added is not None and added <= LEAST.get(value(node).dtype, -1e9) and not choice.summed,
     )

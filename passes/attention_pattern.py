@@ -2,7 +2,7 @@
 
     scores = matmul(q, k.transpose(2, 3)) * scale            or / scale, or with q scaled before
     scores = tanh(scores / cap) * cap                        Gemma 2's softcap
-    scores = scores + mask                                   or masked_fill(~mask, least number)
+    scores = scores + mask                                   masked_fill and where are left: FORM
     scores = cat([scores, sinks], -1) - max                  gpt-oss
     weights = softmax(scores, -1, dtype).to(q.dtype)[..., :-1]
     out = matmul(dropout(weights), v)
@@ -21,8 +21,8 @@ from torch.fx import GraphModule, Node
 from fastft import match
 from fastft.match import is_function, is_method, value
 from fastft.passes.attention_repeat import unrepeated
-from fastft.passes.mask_meaning import Choice, Linear
 from fastft.passes.mask_indexing import Unknown
+from fastft.passes.mask_meaning import Choice, Linear
 from fastft.passes.mask_reader import Reader
 from fastft.result import Miss
 
@@ -39,7 +39,7 @@ _MATMUL = (torch.matmul, operator.matmul, torch.bmm)
 
 @dataclasses.dataclass
 class Attention:
-    """One call. node: what it returns, [B, H, Q, E]. k and v: not repeated for grouped queries. masked: additive or bool, or None."""
+    """One call. node: what it returns, [B, H, Q, E]. k and v: not repeated for grouped queries. mask: additive or bool, or None."""
 
     node: Node
     q: Node
@@ -51,7 +51,6 @@ class Attention:
     dropout: float
     softcap: float = 0.0
     sinks: Node | None = None
-    spelled_out: bool = False
 
 
 class Refused(Exception):
@@ -90,7 +89,7 @@ def find(gm: GraphModule, reader: Reader) -> Iterator[Attention | Miss]:
 
 def _sdpa(node: Node) -> Attention | str:
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    given = match.given(node, *names)
     q, k, v = (given[name] for name in names[:3])
     if any(value(x).dim() != 4 for x in (q, k, v)):
         return SHAPE
@@ -109,7 +108,7 @@ def _product_below(softmax: Node) -> Node | None:
     for _ in range(6):
         for user in node.users:
             if is_function(user, *_MATMUL) or is_method(user, "matmul", "bmm"):
-                return user if user.args[0] is node and value(user).dim() >= 3 else None
+                return user if len(user.args) == 2 and user.args[0] is node and value(user).dim() >= 3 else None
         following = [
             u for u in node.users if match.is_cast(u) or is_function(u, torch.nn.functional.dropout, operator.getitem) or is_method(u, "contiguous", "view")
         ]
@@ -126,6 +125,8 @@ class _Walk:
         self.reader = reader
 
     def step(self, node: Node, index: int = 0) -> Node:
+        if len(node.args) <= index:
+            raise Refused(FORM)
         below = node.args[index]
         if not isinstance(below, Node) or len(below.users) != 1:
             raise Refused(READ_TWICE)
@@ -152,15 +153,17 @@ class _Walk:
 
 def _spelled_out(softmax: Node, out: Node, reader: Reader) -> Attention:
     walk, dropout, sliced = _Walk(reader), 0.0, False
+    args = match.given(softmax, "input", "dim")
+    scores, sinks = args["input"], None
     if value(out).dim() != 4:
-        raise Refused(BIAS if _biased(softmax) else SHAPE)
+        raise Refused(BIAS if _biased(scores) else SHAPE)
     node = walk.step(out)
     while node is not softmax:
         if is_function(node, torch.nn.functional.dropout):
-            given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
             if dropout:
                 raise Refused(FORM)
-            dropout = float(given.get("p", 0.5)) if given.get("training", True) else 0.0
+            _, p, training = match.dropout_args(node)
+            dropout = float(p) if training else 0.0
         elif is_function(node, operator.getitem):
             if node.args[1] != (Ellipsis, slice(None, -1, None)) or sliced:
                 raise Refused(FORM)
@@ -168,10 +171,8 @@ def _spelled_out(softmax: Node, out: Node, reader: Reader) -> Attention:
         elif not match.is_cast(node):
             raise Refused(FORM)
         node = walk.step(node)
-    dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
-    if dim not in (-1, 3) or not sliced and len(softmax.users) != 1:
+    if args.get("dim") not in (-1, 3) or not sliced and len(softmax.users) != 1:
         raise Refused(FORM)
-    scores, sinks = softmax.args[0], None
     if sliced:
         scores, sinks = _sinks(walk, scores)
     elif len(scores.users) != 1:
@@ -195,12 +196,12 @@ def _spelled_out(softmax: Node, out: Node, reader: Reader) -> Attention:
     k, v = unrepeated(q, transposed.args[0], out.args[1])
     if any(value(x).dim() != 4 for x in (q, k, v)):
         raise Refused(SHAPE)
-    return Attention(out, q, k, v, mask, False, scale, dropout, softcap, sinks, spelled_out=True)
+    return Attention(out, q, k, v, mask, False, scale, dropout, softcap, sinks)
 
 
-def _biased(softmax: Node) -> bool:
-    """True where the scores come from `baddbmm`, which adds to them (Bloom's ALiBi)."""
-    pending, seen = [softmax.args[0]], 0
+def _biased(scores: Node) -> bool:
+    """True where they come from `baddbmm`, which adds to them (Bloom's ALiBi)."""
+    pending, seen = [scores], 0
     while pending and seen < 12:
         node, seen = pending.pop(), seen + 1
         if is_method(node, "baddbmm") or is_function(node, torch.baddbmm):
@@ -226,7 +227,7 @@ def _mask(walk: _Walk, scores: Node) -> tuple[Node, Node | None]:
             raise Refused(BIAS)
         return _strip(walk, walk.step(scores, own)), given[1 - own]
     if is_method(scores, "masked_fill") or is_function(scores, torch.masked_fill, torch.where):
-        raise Refused(BIAS if not _is_scores(walk, scores.args[0]) else FORM)
+        raise Refused(FORM if any(_is_scores(walk, item) for item in scores.all_input_nodes) else BIAS)
     return scores, None
 
 
@@ -235,7 +236,8 @@ def _is_scores(walk: _Walk, node: Node) -> bool:
     for _ in range(8):
         if is_function(node, *_MATMUL) or is_method(node, "matmul"):
             return True
-        if not (match.is_cast(node) or walk.factor(node) is not None or is_function(node, torch.tanh) or is_method(node, "tanh")):
+        passes_on = match.is_cast(node) or walk.factor(node) is not None or is_function(node, torch.tanh) or is_method(node, "tanh")
+        if not passes_on or not node.args:
             return False
         node = node.args[0]
     return False
@@ -247,7 +249,7 @@ def _softcap(walk: _Walk, scores: Node) -> float:
     inner = scores.args[0] if scores.args else None
     if outer is None or not (is_function(inner, torch.tanh) or is_method(inner, "tanh")):
         return 0.0
-    below = walk.factor(inner.args[0])
+    below = walk.factor(inner.args[0]) if inner.args else None
     if below is None or abs(outer * below - 1) > 1e-6:
         raise Refused(FORM)
     return outer
@@ -257,22 +259,23 @@ def _sinks(walk: _Walk, scores: Node) -> tuple[Node, Node]:
     """`(scores, sinks [H])` under `cat([scores, sinks.reshape(1, -1, 1, 1).expand(...)], -1) - max`."""
     if is_function(scores, operator.sub):
         combined, most = scores.args
-        if len(combined.users) != 2 or not _is_maximum(most, combined):
+        if not (isinstance(combined, Node) and isinstance(most, Node) and len(combined.users) == 2 and _is_maximum(most, combined)):
             raise Refused(FORM)
         scores = combined
     scores = _strip(walk, scores)
     if not is_function(scores, torch.cat):
         raise Refused(FORM)
-    parts = scores.args[0]
+    parts = match.given(scores, "tensors", "dim")["tensors"]
+    if len(parts) != 2 or len(parts[0].users) != 1:
+        raise Refused(FORM)
     column = parts[1]
     if is_method(column, "expand"):
         column = column.args[0]
     heads = tuple(value(column).shape)
     while is_method(column, "reshape", "view") or match.is_cast(column):
         column = column.args[0]
-    if len(parts) != 2 or len(parts[0].users) != 1 or value(column).dim() != 1:
-        raise Refused(FORM)
-    if heads not in ((1, value(column).shape[0], 1, 1), (value(column).shape[0], 1, 1)) or value(column).shape[0] != value(parts[0]).shape[1]:
+    size = tuple(value(column).shape)
+    if len(size) != 1 or heads not in ((1, *size, 1, 1), (*size, 1, 1)) or size[0] != value(parts[0]).shape[1]:
         raise Refused(FORM)
     return parts[0], column
 
@@ -284,5 +287,5 @@ def _is_maximum(node: Node, of: Node) -> bool:
         named = is_method(node, "max") or is_function(node, torch.max)
     else:
         named = is_method(node, "amax") or is_function(node, torch.amax)
-    given = dict(zip(("input", "dim", "keepdim"), node.args, strict=False)) | node.kwargs
+    given = match.given(node, "input", "dim", "keepdim")
     return named and given.get("input") is of and given.get("dim") in (-1, 3) and given.get("keepdim") is True

@@ -5,7 +5,7 @@ import operator
 import torch
 from torch.fx import Node
 
-from fastft.match import is_function, is_method, value
+from fastft.match import given, is_function, is_method, value
 
 _ALL = slice(None, None, None)
 
@@ -23,9 +23,8 @@ def _before_repeat(node: Node) -> Node | None:
     if is_method(node, "contiguous"):
         node = node.args[0]
     if is_function(node, torch.repeat_interleave) or is_method(node, "repeat_interleave"):
-        repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
-        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
-        return node.args[0] if isinstance(repeats, int) and dim in (1, -3) else None
+        args = given(node, "input", "repeats", "dim")
+        return args["input"] if isinstance(args.get("repeats"), int) and args.get("dim") in (1, -3) else None
     if not is_method(node, "reshape", "view") or not is_method(node.args[0], "expand"):
         return None
     wide = node.args[0]

@@ -11,17 +11,11 @@ from fastft.kernels import mask as masks
 from fastft.match import value
 
 
-def outermost(gm: GraphModule) -> GraphModule:
-    """The outermost graph that can hand something to `gm`: a body that is called more than once has none around it."""
-    calls = match.calls(gm)
-    return outermost(calls[0].graph.owning_module) if len(calls) == 1 else gm
-
-
 def once(gm: GraphModule, target: Any, args: tuple, fake_mode: Any) -> Node:
     """`target(*args)` in the graph of the nodes among `args` (of the outermost graph without any); one node for the same arguments."""
     nodes: list[Node] = []
     torch.fx.node.map_arg(args, nodes.append)
-    graph = nodes[0].graph if nodes else outermost(gm).graph
+    graph = nodes[0].graph if nodes else match.outermost(gm).graph
     order = list(graph.nodes)
     for node in order:
         if node.target is target and node.args == args:

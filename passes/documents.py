@@ -16,15 +16,16 @@ from fastft.result import Match, Miss
 
 LEAK = "packed documents see each other here: a convolution, recurrence or linear attention"
 
-_DOCUMENTS = re.compile(r"t(\d+)\[b, k?v?q?\] == t\1\[b, k?v?q?\]")
+_DOCUMENTS = re.compile(r"(t\d+\[[^][]*)\bkv\] == \1q\]|(t\d+\[[^][]*)\bq\] == \2kv\]")
 
 
 def documents(gm: GraphModule) -> list[Match | Miss]:
     if match.calls(gm):  # bodies are handled with the graph around them
         return []
-    calls = [node for body in match.graph_modules(gm) for node in body.graph.nodes if node.target is kernel.op and _DOCUMENTS.search(node.args[9])]
+    calls = [node for body in match.graph_modules(gm) for node in body.graph.nodes if node.target is kernel.op]
+    calls = [node for node in calls if _DOCUMENTS.search(kernel.get(node, "allowed"))]
     if not calls:
         return []
-    shape = value(calls[0].args[0]).shape
+    shape = value(kernel.get(calls[0], "q")).shape
     found = {match.module_path(node): node for node in reversed(list(mixing(gm, (shape[0], shape[2]))))}
     return [Miss(LEAK, node) for node in reversed(found.values())]

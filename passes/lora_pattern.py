@@ -12,8 +12,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from fastft import match
-from fastft.match import is_function, is_linear, linear_args, strip_casts, strip_views, value
-from fastft.passes.normalize import dropout_args
+from fastft.match import dropout_args, is_function, is_linear, linear_args, strip_casts, strip_views, value
 from fastft.result import Miss
 
 TENSOR_SCALING = "scaled by a tensor (DoRA)"

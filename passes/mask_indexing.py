@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.fx import Node
 
-from fastft.match import value
+from fastft.match import given, value
 from fastft.passes import mask_meaning as m
-from fastft.passes.mask_meaning import Linear, Meaning, Quotient
+from fastft.passes.mask_meaning import Linear, Meaning, Quotient, Read
 
 if TYPE_CHECKING:
     from fastft.passes.mask_reader import Reader
@@ -25,8 +26,18 @@ def number(item: Any) -> int:
     return item
 
 
-def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+def itself(node: Node) -> Meaning | None:
+    """A read of the node; None where it holds floating-point or complex values."""
+    example = value(node)
+    if not isinstance(example, torch.Tensor) or example.is_floating_point() or example.is_complex():
+        return None
+    read = Read(node, tuple(m.index(d) for d in reversed(range(example.dim()))))
+    return m.at(read if example.dtype == torch.bool else Linear(frozenset({(read, 1)})), ones(node))
+
+
+def ones(node: Node) -> dict[int, Linear]:
+    """0 for the index of every dimension of size 1."""
+    return {d: Linear() for d, size in enumerate(reversed(value(node).shape)) if isinstance(size, int) and size == 1}
 
 
 def moved(reader: Reader, node: Node) -> Meaning:
@@ -41,8 +52,8 @@ def moved(reader: Reader, node: Node) -> Meaning:
 
 
 def transpose(reader: Reader, node: Node) -> Meaning:
-    dims = value(node).dim()
-    one, two = (dims - 1 - number(argument(node, i, f"dim{i - 1}")) % dims for i in (1, 2))
+    dims, args = value(node).dim(), given(node, "input", "dim0", "dim1")
+    one, two = (dims - 1 - number(args.get(name)) % dims for name in ("dim0", "dim1"))
     return m.at(reader.read(node.args[0]), {one: m.index(two), two: m.index(one)})
 
 
@@ -60,7 +71,7 @@ def getitem(reader: Reader, node: Node) -> Meaning:
         if len(key) != dims or not all(isinstance(i, Linear) for i in indices):
             raise Unknown
         meaning = reader.read(source)
-        if not all(_natural(i) for i in indices) and meaning not in (itself := reader.itself(source), m.at(itself, reader.ones(source))):
+        if not all(_natural(i) for i in indices) and meaning != itself(source):
             raise Unknown  # counted from the end where negative
         return m.at(meaning, {dims - 1 - k: i for k, i in enumerate(indices)})
     taken = sum(k is not None and k is not Ellipsis for k in key)

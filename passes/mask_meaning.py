@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from fastft.match import is_function, is_method, value
+from fastft.match import given, is_function, is_method, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +206,7 @@ def indices_of(meaning: Any) -> set[int]:
 
 def documents(node: Node) -> Node | None:
     """P where a node is `cumsum(diff(P, prepend=P[:, :1] - 1) != 1)`: the number of the document that each position is in."""
-    if not (is_method(node, "cumsum") or is_function(node, torch.cumsum)) or _argument(node, 1, "dim") not in (-1, value(node).dim() - 1):
+    if not (is_method(node, "cumsum") or is_function(node, torch.cumsum)) or given(node, "input", "dim").get("dim") not in (-1, value(node).dim() - 1):
         return None
     changed = node.args[0]
     if not (is_function(changed, operator.ne, torch.ne) or is_method(changed, "ne")) or changed.args[1:] != (1,):
@@ -223,10 +223,6 @@ def documents(node: Node) -> Node | None:
 def _takes_first(key: Any) -> bool:
     key = key if isinstance(key, tuple) else (key,)
     return bool(key) and key[-1] == slice(None, 1, None) and all(k in (slice(None, None, None), Ellipsis) for k in key[:-1])
-
-
-def _argument(node: Node, position: int, name: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
 def same_document(truth: Truth, evaluate: Callable[[Node], Meaning]) -> Truth:

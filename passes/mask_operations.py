@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from fastft.match import value
+from fastft.match import given, value
 from fastft.passes import mask_meaning as m
-from fastft.passes.mask_indexing import Unknown, argument, getitem, moved, number, transpose
+from fastft.passes.mask_indexing import Unknown, getitem, moved, number, transpose
 from fastft.passes.mask_meaning import Choice, Linear, Meaning, Quotient, Truth
 
 if TYPE_CHECKING:
@@ -50,9 +50,9 @@ def _filled(fill: Any) -> Callable[[Reader, Node], Meaning]:
     return lambda reader, node: _constant(value(node).dtype, fill)
 
 
-def _full(position: int) -> Callable[[Reader, Node], Meaning]:
+def _full(*names: str) -> Callable[[Reader, Node], Meaning]:
     def read(reader: Reader, node: Node) -> Meaning:
-        fill = argument(node, position, "fill_value")
+        fill = given(node, *names).get(names[-1])
         if not isinstance(fill, int | float):
             raise Unknown
         return _constant(value(node).dtype, fill)
@@ -61,7 +61,7 @@ def _full(position: int) -> Callable[[Reader, Node], Meaning]:
 
 
 def _arange(reader: Reader, node: Node) -> Meaning:
-    if value(node).is_floating_point() or argument(node, 2, "step", 1) != 1:
+    if value(node).is_floating_point() or given(node, "start", "end", "step").get("step", 1) != 1:
         raise Unknown
     start = number(node.args[0] if len(node.args) > 1 or node.args and "end" in node.kwargs else node.kwargs.get("start", 0))
     return Linear(constant=start).plus(m.index(0))
@@ -205,7 +205,7 @@ def _masked_fill(reader: Reader, node: Node) -> Meaning:
 
 def _triangle(upper: bool) -> Callable[[Reader, Node], Meaning]:
     def read(reader: Reader, node: Node) -> Meaning:
-        diagonal = Linear(constant=number(argument(node, 1, "diagonal", 0)))
+        diagonal = Linear(constant=number(given(node, "input", "diagonal").get("diagonal", 0)))
         offset = m.index(0).plus(m.index(1), -1)  # column - row
         kept = m.compare("le", diagonal.plus(offset, -1) if upper else offset.plus(diagonal, -1))
         return choose(kept, reader.read(node.args[0]), _constant(value(node).dtype, 0))
@@ -225,9 +225,10 @@ HANDLERS: dict[str, Callable[[Reader, Node], Meaning]] = {
     "arange": _arange,
     **{name: _filled(1) for name in ("ones", "new_ones", "ones_like")},
     **{name: _filled(0) for name in ("zeros", "new_zeros", "zeros_like")},
-    **{name: _full(1) for name in ("full", "full_like")},
-    "new_full": _full(2),
-    **{name: _full(0) for name in ("tensor", "scalar_tensor")},
+    **{name: _full("size", "fill_value") for name in ("full", "full_like")},
+    "new_full": _full("self", "size", "fill_value"),
+    "tensor": _full("data"),
+    "scalar_tensor": _full("s"),
     **{name: _cast for name in ("to", "bool", "int", "long", "float", "half", "bfloat16", "double", "type", "type_as")},
     **{name: _identity for name in ("contiguous", "clone", "detach", "expand", "expand_as")},
     **{name: moved for name in ("view", "reshape", "squeeze", "unsqueeze")},

@@ -99,15 +99,9 @@ def _addmm(gm: GraphModule, node: Node) -> bool:
 def _dropout(gm: GraphModule, node: Node) -> bool:
     if not match.is_function(node, torch.nn.functional.dropout):
         return False
-    x, p, training = dropout_args(node)
+    x, p, training = match.dropout_args(node)
     if training and p != 0:
         return False
     node.replace_all_uses_with(x)
     gm.graph.erase_node(node)
     return True
-
-
-def dropout_args(node: Node) -> tuple[Node, float, bool]:
-    """`(x, p, training)` of a call of `torch.nn.functional.dropout`."""
-    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False)) | node.kwargs
-    return given["input"], given.get("p", 0.5), given.get("training", True)

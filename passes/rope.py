@@ -102,9 +102,8 @@ def _under_slices(node: Node) -> Node:
 def _slices_last(node: Node) -> bool:
     """True for a slice, an index or a split of the last dimension alone."""
     if _is(node, _PARTS):
-        names = ("dim",) if node.target in (torch.unbind, "unbind") else ("size", "dim")
-        given = dict(zip(names, node.args[1:], strict=False)) | node.kwargs
-        return given.get("dim", 0) in (-1, value(node.args[0]).dim() - 1)
+        names = ("input", "dim") if node.target in (torch.unbind, "unbind") else ("input", "size", "dim")
+        return match.given(node, *names).get("dim", 0) in (-1, value(node.args[0]).dim() - 1)
     if not is_function(node, operator.getitem) or not _is_tensor(node.args[0]) or not isinstance(node.args[1], tuple):
         return False
     *others, last = node.args[1]

@@ -14,12 +14,6 @@ from fastft.passes.attention_pattern import SDPA
 _MIXING = re.compile(r"conv\d?d?|einsum|cumsum|cumprod|logcumsumexp|roll|flip|fft|scan|bmm|baddbmm|pad|pool|interpolate")
 
 
-def origin(node: Node) -> Node:
-    """The node of the outermost graph behind a body's placeholder."""
-    outer = match.outside(node) if node.op == "placeholder" else None
-    return node if outer is None else origin(outer)
-
-
 def mixing(gm: GraphModule, rows: tuple) -> Iterator[Node]:
     """The nodes, bodies included, that may carry one token's values to another, other than `fastft::attention`.
 
@@ -31,15 +25,8 @@ def mixing(gm: GraphModule, rows: tuple) -> Iterator[Node]:
         for node in body.graph.nodes:
             example = value(node)
             if node.op == "placeholder":
-                source = origin(node)
-                outside = source is not node and source in active
-                if (
-                    outside
-                    or source is node
-                    and isinstance(example, torch.Tensor)
-                    and example.is_floating_point()
-                    and not isinstance(example, torch.nn.Parameter)
-                ):
+                source = match.origin(node)
+                if source in active or source is node and _is_activation(example):
                     active.add(node)
                 continue
             inputs = [item for item in node.all_input_nodes if item in active]
@@ -56,6 +43,11 @@ def mixing(gm: GraphModule, rows: tuple) -> Iterator[Node]:
             )
             if node.target in SDPA or _MIXING.fullmatch(name) or foreign or two or lost and not is_function(node, torch.nn.functional.cross_entropy):
                 yield node
+
+
+def _is_activation(example: object) -> bool:
+    """True for a floating-point tensor that is no parameter."""
+    return isinstance(example, torch.Tensor) and example.is_floating_point() and not isinstance(example, torch.nn.Parameter)
 
 
 def _tokens(example: torch.Tensor, rows: tuple) -> bool:

@@ -3,12 +3,13 @@
     before   tiles = fastft::block_mask([padding], "(kv <= q) & (t0[b, kv])")
              loss = cross_entropy(logits.view(-1, V), labels, ignore_index=-100)
     after    read = (labels != -100).view_as(padding)                                               the labels' few nodes, copied to the front
-             tiles = fastft::block_mask([padding, read], "(kv <= q) & (t0[b, kv]) & ((t0[b, q]) | t1[b, q])")
+             tiles = fastft::block_mask([padding, read], "((kv <= q) & (t0[b, kv])) & ((t0[b, q]) | t1[b, q])")
 
-eager computes what a padded query attends to, and so does `attention`: 30 % padding to 8192 costs 1.33 times what it need (docs/notes.md). Where every
-attention forbids the padded keys, such a query's row reaches nothing but its own logits: if its label is ignored, the loss and all gradients are the same
-without it. A padded query whose label counts (the last before the text, in a batch padded on the left; labels that were not set to -100) is computed as before,
-token by token, batch by batch. So is a whole row in which a query without any key is read (it weighs all values alike). What changes: the logits returned for padding, as with transformers' flash_attention_2.
+eager computes what a padded query attends to, and so does `attention`: 30 % padding to 8192 costs 1.33 times what it needs
+(tools/results/2026-11-22-op-attention.json). Where every attention forbids the padded keys, such a query's row reaches nothing but its own logits: if its label
+is ignored, the loss and all gradients are the same without it. A padded query whose label counts (the last before the text, in a batch padded on the left;
+labels that were not set to -100) is computed as before, token by token, batch by batch. So is a whole row in which a query without any key is read (it weighs
+all values alike). What changes: the logits returned for padding, as with transformers' flash_attention_2.
 
 Taken: one or more `cross_entropy` over all tokens, whose labels come from the graph's inputs, and no other floating-point output than a loss made from them and
 the logits. Left, with a Miss: the reasons below. A model that mixes tokens in other ways than attention is left as it is.
@@ -16,15 +17,17 @@ the logits. Left, with a Miss: the reasons below. A model that mixes tokens in o
 
 import operator
 import re
+from collections.abc import Container
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from fastft import match
 from fastft.kernels import attention as kernel
-from fastft.match import is_function, is_method, value
+from fastft.match import is_function, is_method, origin, value
 from fastft.passes.attention_tiles import once, tiles
-from fastft.passes.token_mixing import mixing, origin
+from fastft.passes.token_mixing import mixing
 from fastft.result import Match, Miss
 
 NO_LOSS = "no cross-entropy over all tokens in the graph"
@@ -41,20 +44,22 @@ def unread_queries(gm: GraphModule) -> list[Match | Miss]:
     padded = [(body, node, text) for body, node in calls if (text := _padding(node))]
     if not padded:
         return []
-    losses = [node for node in gm.graph.nodes if is_function(node, torch.nn.functional.cross_entropy)]
-    padding = {(text, tuple(map(origin, node.args[4]))) for _, node, text in padded}
+    losses = {node: match.cross_entropy_args(node) for node in gm.graph.nodes if is_function(node, torch.nn.functional.cross_entropy)}
+    padding = {(text, tuple(map(origin, kernel.get(node, "reads")))) for _, node, text in padded}
     if any(node.graph is not gm.graph for _, reads in padding for node in reads):
         return [Miss(MIXES, padded[0][1])]
-    rows = value(origin(padded[0][1].args[4][0])).shape
-    labels = [_labels(loss, rows) for loss in losses]
+    like = origin(kernel.get(padded[0][1], "reads")[0])
+    rows = value(like).shape
+    labels = [_labels(args, rows) for args in losses.values()]
     if not losses or None in labels:
         return [Miss(NO_LOSS, padded[0][1])]
     if not _only_loss_and_logits(gm, losses):
         return [Miss(OTHER_OUTPUT, padded[0][1])]
     if len(padded) != len(calls) or len({_read_by(text, reads) for text, reads in padding}) > 1 or any(mixing(gm, rows)):
         return [Miss(MIXES, padded[0][1])]
-    read = _read(gm, losses, labels, origin(padded[0][1].args[4][0]))
-    for empty in dict.fromkeys(origin(node.args[6]) for _, node, _ in padded if node.args[6] is not None):
+    read = _read(gm, losses, labels, like)
+    empties = [empty for _, node, _ in padded if (empty := kernel.get(node, "empty")) is not None]
+    for empty in dict.fromkeys(map(origin, empties)):
         read = _with_everything_read(gm, read, empty)
     for body, node, text in padded:
         _leave_out(body, node, text, read)
@@ -74,9 +79,9 @@ def _parts(text: str) -> list[str]:
 
 def _padding(node: Node) -> str:
     """The conjuncts that depend on the key alone, over reads of [batch, length]; "" without any, or where the provider takes no text."""
-    if node.args[13] != "flex" or any(value(read).dim() != 2 for read in node.args[4]):
+    if kernel.get(node, "provider") != "flex" or any(value(read).dim() != 2 for read in kernel.get(node, "reads")):
         return ""
-    return " & ".join(part for part in _parts(node.args[9]) if "[" in part and re.search(r"\bkv\b", part) and not re.search(r"\bq\b", part))
+    return " & ".join(part for part in _parts(kernel.get(node, "allowed")) if "[" in part and re.search(r"\bkv\b", part) and not re.search(r"\bq\b", part))
 
 
 def _read_by(text: str, reads: tuple[Node, ...]) -> tuple:
@@ -84,13 +89,12 @@ def _read_by(text: str, reads: tuple[Node, ...]) -> tuple:
     return (re.sub(r"\bt\d+\b", "t", text), *(reads[int(number)] for number in re.findall(r"\bt(\d+)\b", text)))
 
 
-def _labels(loss: Node, rows: torch.Size) -> list[Node] | None:
+def _labels(loss: dict[str, Any], rows: torch.Size) -> list[Node] | None:
     """The nodes from an input of the graph to the labels of a loss, last one last; None where they are not one label a token, in order."""
-    given = dict(zip(("input", "target"), loss.args, strict=False)) | loss.kwargs
-    scores, target = given["input"], given["target"]
+    scores, target = loss["input"], loss["target"]
     if len(rows) != 2 or value(scores).dim() != 2 or value(target).dim() != 1 or value(target).shape[0] != rows[0] * rows[1]:
         return None
-    if not isinstance(given.get("ignore_index", -100), int) or given.get("label_smoothing", 0.0) and given.get("weight") is not None:
+    if not isinstance(loss["ignore_index"], int) or loss["label_smoothing"] and loss["weight"] is not None:
         return None
     flat = match.strip_casts(scores)
     if not is_method(flat, "view", "reshape") or value(flat.args[0]).dim() != 3 or tuple(value(flat.args[0]).shape[:2]) != tuple(rows):
@@ -104,14 +108,14 @@ def _labels(loss: Node, rows: torch.Size) -> list[Node] | None:
             return None
         chain.append(node)
         pending += node.all_input_nodes
-    order = {node: i for i, node in enumerate(loss.graph.nodes)}
+    order = {node: i for i, node in enumerate(target.graph.nodes)}
     return sorted(set(chain), key=order.__getitem__)
 
 
-def _only_loss_and_logits(gm: GraphModule, losses: list[Node]) -> bool:
+def _only_loss_and_logits(gm: GraphModule, losses: dict[Node, dict[str, Any]]) -> bool:
     logits = set()
-    for loss in losses:
-        node = loss.args[0] if loss.args else loss.kwargs["input"]
+    for loss in losses.values():
+        node = loss["input"]
         while value(node).shape[-1:] == value(node.args[0]).shape[-1:] if node.args and isinstance(node.args[0], Node) else False:
             logits.add(node)
             node = node.args[0]
@@ -124,7 +128,7 @@ def _only_loss_and_logits(gm: GraphModule, losses: list[Node]) -> bool:
     )
 
 
-def _made_from(node: Node, losses: list[Node]) -> bool:
+def _made_from(node: Node, losses: Container[Node]) -> bool:
     """True for a loss, and for sums, multiples and quotients of losses and numbers."""
     if node in losses:
         return True
@@ -142,20 +146,20 @@ def _count(node: Node) -> bool:
     )
 
 
-def _read(gm: GraphModule, losses: list[Node], labels: list[list[Node]], like: Node) -> Node:
+def _read(gm: GraphModule, losses: dict[Node, dict[str, Any]], labels: list[list[Node]], like: Node) -> Node:
     """bool [batch, length]: a loss reads this token."""
     order = list(gm.graph.nodes)
     last = order[max([order.index(like)] + [i for i, node in enumerate(order) if node.op == "placeholder"])]
     copies: dict[Node, Node] = {}
     found = []
-    for loss, chain in zip(losses, labels, strict=True):
+    for loss, chain in zip(losses.values(), labels, strict=True):
         for node in chain:
             if node not in copies:
                 with gm.graph.inserting_after(last):
                     last = copies[node] = gm.graph.node_copy(node, lambda n: copies.get(n, n))
-        target = loss.args[1] if len(loss.args) > 1 else loss.kwargs["target"]
+        target = loss["target"]
         with gm.graph.inserting_after(last):
-            counts = gm.graph.call_function(torch.ne, (copies.get(target, target), loss.kwargs.get("ignore_index", -100)))
+            counts = gm.graph.call_function(torch.ne, (copies.get(target, target), loss["ignore_index"]))
         with gm.graph.inserting_after(counts):
             last = gm.graph.call_method("view_as", (counts, like))
         with value(like).fake_mode:
@@ -176,17 +180,15 @@ def _with_everything_read(gm: GraphModule, read: Node, empty: Node) -> Node:
 
 
 def _leave_out(body: GraphModule, node: Node, padding: str, read: Node) -> None:
-    args = list(node.args)
-    outer = [origin(item) for item in args[4]]
-    mask = origin(args[5][0]).args[0]  # the block_mask behind the first list
-    _, _, _, *lengths, device = mask.args
-    fake = value(read).fake_mode
+    reads = [*map(origin, kernel.get(node, "reads")), read]
+    block_mask = origin(kernel.get(node, "blocks")[0]).args[0]  # behind the first list
+    _, _, _, *lengths, device = block_mask.args
+    fake, number = value(read).fake_mode, len(reads) - 1
     at_query = re.sub(r"\bkv\b", "q", padding)
-    allowed = f"{' & '.join(_parts(args[9]))} & (({at_query}) | t{len(outer)}[b, q])"
-    reads = [*outer, read]
-    args[4], args[9] = [match.bring_in(body, item) for item in reads], allowed
-    args[5] = tiles(body, (reads, allowed, len(outer), *lengths, device), fake)
-    if args[6] is not None:  # queries without keys that are read
-        rows = once(body, torch.logical_and, (origin(args[6]), read), fake)
-        args[6], args[7] = match.bring_in(body, rows), tiles(body, ([rows], "t0[b, q]", 0, *lengths, device), fake)
-    node.args = tuple(args)
+    allowed = f"({kernel.get(node, 'allowed')}) & (({at_query}) | t{number}[b, q])"
+    blocks = tiles(body, (reads, allowed, number, *lengths, device), fake)
+    kernel.change(node, reads=[match.bring_in(body, item) for item in reads], allowed=allowed, blocks=blocks)
+    empty = kernel.get(node, "empty")
+    if empty is not None:  # queries without keys that are read
+        rows = once(body, torch.logical_and, (origin(empty), read), fake)
+        kernel.change(node, empty=match.bring_in(body, rows), empty_blocks=tiles(body, ([rows], "t0[b, q]", 0, *lengths, device), fake))

@@ -26,6 +26,7 @@ SHAPES |= {"wide": (B, H, S, 2 * D), "bias": (S, S), "sinks": (H,), "q1": (1, H,
 INPUTS = {name: torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i, (name, shape) in enumerate(SHAPES.items())}
 INPUTS["pad"] = torch.ones(B, S, dtype=torch.bool)
 INPUTS["pad"][0, :9], INPUTS["pad"][1, -9:] = False, False  # a tile of 8 is left out here and there
+INPUTS["pads"] = INPUTS["pad"].repeat(2, 1)
 INPUTS |= {"lengths": torch.tensor([5, 17]), "seg": torch.tensor([[0] * 9 + [1] * 11, [2] * 3 + [0] * 17]), "seg1": torch.tensor([[0] * 9 + [1] * 11])}
 
 
@@ -130,6 +131,10 @@ FORMS = {
     "other length, spelled out": (lambda q, k_long, v_long: weights(q, k_long) @ v_long, FULL),
     "other head dimension": (lambda q, k, wide, pad: sdpa(q, k, wide, padded(pad)), PADDED),
     "mask made in no_grad": (lambda q, k, v, pad: sdpa(q, k, v, torch.no_grad()(padded)(pad)), PADDED),
+    "softmax and repeat_interleave by keyword": (
+        lambda q, k2, v2: torch.softmax(input=product(q, torch.repeat_interleave(input=k2, repeats=2, dim=1)), dim=-1) @ v2.repeat_interleave(repeats=2, dim=1),
+        FULL,
+    ),
     "scale after": (lambda q, k, v: torch.softmax(product(q, k) * 0.25, dim=-1) @ v, FULL),
     "scale before": (lambda q, k, v: torch.matmul(torch.nn.functional.softmax(product(q / 4, k), 3), v), FULL),
     "division": (lambda q, k, v: (product(q, k) / D**0.5).softmax(-1).matmul(v), FULL),
@@ -153,9 +158,15 @@ FORMS = {
     "baddbmm": (lambda q, k, v, bias: torch.bmm(torch.softmax(torch.baddbmm(bias, q[0], k[0].mT, alpha=0.25), -1), v[0]), BIAS),
     "baddbmm, 4-D": (lambda q, k, v, bias: torch.softmax(torch.baddbmm(bias, q[0], k[0].mT)[None], -1) @ v[:1], FORM),
     "masked_fill": (lambda q, k, v, pad: torch.softmax(product(q, k).masked_fill(~padded(pad), LEAST), -1) @ v, FORM),
-    "where": (lambda q, k, v: torch.softmax(torch.where(causal(), product(q, k), torch.tensor(INF, dtype=q.dtype)), -1) @ v, BIAS),
+    "where": (lambda q, k, v: torch.softmax(torch.where(causal(), product(q, k), torch.tensor(INF, dtype=q.dtype)), -1) @ v, FORM),
+    "a bias, then masked_fill": (lambda q, k, v, bias: torch.softmax((product(q, k) + bias).masked_fill(~causal(), LEAST), -1) @ v, BIAS),
     "number first": (lambda q, k, v: torch.softmax(0.25 * product(q, k), -1) @ v, FORM),
     "cast, then scaled": (lambda q, k, v: torch.softmax(product(q, k).float() * 0.25, -1).to(v.dtype) @ v, FORM),
+    "dropout by keyword": (lambda q, k, v: dropout(input=weights(q, k), p=0.3) @ v, FORM),
+    "tanh by keyword": (lambda q, k, v: torch.softmax(torch.tanh(input=product(q, k)) * 5, -1) @ v, FORM),
+    "masked_fill by keyword": (lambda q, k, v: torch.softmax(torch.masked_fill(input=product(q, k), mask=~causal(), value=LEAST), -1) @ v, FORM),
+    "sinks without a sink": (lambda q, k, v: torch.softmax(torch.cat(tensors=[product(q, k)], dim=-1), -1)[..., :-1] @ v[:, :, :-1], FORM),
+    "a number less the scores": (lambda q, k, v: torch.softmax(1.0 - product(q, k), -1)[..., :-1] @ v[:, :, :-1], FORM),
     "permuted": (lambda q, k, v: torch.softmax(q @ k.permute(0, 1, 3, 2), -1) @ v, FORM),
     "softmax over heads": (lambda q, k, v: torch.softmax(product(q, k), 1) @ v, FORM),
     "softmax over queries": (lambda q, k, v: torch.softmax(product(q, k), dim=-2) @ v, FORM),
@@ -177,6 +188,7 @@ FORMS = {
     # not attention: no reason given
     "router": (lambda q, k, v: operator.itemgetter(0)(torch.softmax(q[:, 0] @ k[0, 0].t(), -1).topk(2)) * v.sum(), None),
     "einsum": (lambda q, k, v: torch.einsum("bhqk,bhkd->bhqd", torch.softmax(torch.einsum("bhqd,bhkd->bhqk", q, k), -1), v), None),
+    "product by keyword": (lambda q, k, v: torch.matmul(weights(q, k), other=v), None),
     "weights on the right": (lambda q, k, v: (v.mT @ weights(q, k).mT).mT, None),
     # fmt: on
 }
@@ -223,11 +235,20 @@ ODD = {
     "a sink for each query": lambda q, k, v, sinks: torch.cat([product(q[:, :, :H], k), sinks.view(H, 1).expand(B, H, H, 1)], -1).softmax(-1)[..., :-1] @ v,
     "two dropouts": lambda q, k, v: dropout(dropout(weights(q, k), 0.2), 0.3) @ v,
     "more heads of k than of q": lambda q, k, v: weights(q[:, :1], k) @ v,
+    # The mask differs between the rows of the batch, but no tensor that it reads has just these rows.
+    "causal in the first row alone": lambda q, k, v: sdpa(q, k, v, causal() | (torch.arange(B)[:, None, None, None] > 0)),
+    "padding by the row's number": lambda q, k, v: sdpa(q, k, v, causal() & (torch.arange(S) >= 9 * torch.arange(B)[:, None, None, None])),
+    "rows from the second on": lambda q, k, v, pads: sdpa(q, k, v, padded(pads[1 : B + 1])),
+    "the first rows": lambda q, k, v, pads: with_mask(product(q, k), padded(pads[:B], LEAST), v),
+    "rows in columns": lambda q, k, v, pad: sdpa(q, k, v, padded(pad.transpose(0, 1).contiguous().transpose(0, 1))),
     "one q for all rows": lambda q1, k, v, pad: sdpa(q1, k, v, keys(pad)),
     "one head of v": lambda q, k, v1, pad: sdpa(q, k, v1, padded(pad)),
     "body: documents": in_body(lambda seg, pad: documents(seg.cumsum(-1)) & keys(pad)),
     "body: padding": in_body(lambda seg, pad: documents(seg) & keys(pad.roll(1, -1))),
     "body: all": in_body(lambda seg, pad: causal() & keys(pad.roll(1, -1))),
+    "body: padding written outside": lambda q, k, v, seg, pad: in_body(lambda seg, pad: padded(pad))(
+        q, k, v, seg, changed(pad.roll(1, -1), lambda p: p.fill_(True))
+    ),
     "body: nothing": in_body(lambda seg, pad: documents(seg) & keys(pad)),
     # fmt: on
 }

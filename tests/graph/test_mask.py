@@ -59,6 +59,7 @@ def meaning(build, dynamic=False, **inputs) -> Mask | str:
         wrong = int((text != allowed).sum())
         assert not wrong, mask
         assert not mask.per_row or mask.reads
+        assert mask.rows_of < 0 or mask.per_row and values[mask.reads[mask.rows_of]].shape[0] == real.shape[0]
         assert mask.may_be_empty or bool(allowed.any(-1).all())
     return mask
 
@@ -139,6 +140,7 @@ def test_text():
     assert meaning(causal) == Mask("causal", "kv <= q", ())
     found = meaning(lambda pad: causal() & (ar() > q() - 4) & keys(pad))
     assert found.allowed == "(kv <= q) & (q <= kv + 3) & (t0[b, kv])" and [read.op for read in found.reads] == ["placeholder"]
+    assert found.rows_of == 0 and meaning(lambda seg, pad: equal(seg[:1]) & keys(pad)).rows_of == 1
     assert meaning(lambda: ar() > q() - S).allowed == "" and meaning(lambda: causal() & (ar() >= q() - S + 1)).allowed == "kv <= q"
     assert meaning(lambda: causal() & (ar() >= q() - S + 2)).kind == f"causal, window {S - 1}"
 

@@ -10,20 +10,19 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from fastft import match
 from fastft.kernels import attention as kernel
+from fastft.kernels import mask as masks
 from fastft.passes.documents import LEAK
 from fastft.passes.unread_queries import MIXES, NO_LOSS, OTHER_OUTPUT
+
+from .test_attention import take_flex
 
 BATCH, LENGTH = 2, 24
 
 
 @pytest.fixture(autouse=True)
 def flex(monkeypatch):
-    """FlexAttention for whatever it can do: on a CPU its operator runs as plain math, forward and backward."""
-
-    def choose(q, v, plain, readable, special, dropout, even_if_empty):
-        return "sdpa" if plain and not special else "flex" if readable and not dropout else "math" if special else "mask"
-
-    monkeypatch.setattr(kernel, "choose", choose)
+    """FlexAttention for whatever it can do; its tiles are held against its mask."""
+    take_flex(monkeypatch)
 
 
 def batch(side="right", labels="ignored"):
@@ -63,8 +62,9 @@ def test_architectures(arch):
     assert taken(rewriter) == 1 and not rewriter.misses
 
 
-def test_tiles_are_fewer():
+def test_tiles_are_fewer(monkeypatch):
     """More than one tile of padding: those tiles are gone, for keys and for queries."""
+    monkeypatch.setattr(masks, "BLOCK", 128)
     model = tiny.tiny_model("llama", layers=1, seq=400).train()
     given = {"input_ids": torch.randint(8, 200, (1, 400)), "attention_mask": (torch.arange(400) < 200).long()[None]}
     given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
@@ -74,7 +74,7 @@ def test_tiles_are_fewer():
         rewriter = Rewriter(disable=disable)
         rewriter.compile(model)(**given)
         (node,) = (n for n in rewriter.graphs[0].graph.nodes if n.target is kernel.op)
-        (blocks,) = (n for n in rewriter.graphs[0].graph.nodes if n is node.args[5][0].args[0])
+        blocks = kernel.get(node, "blocks")[0].args[0]
         reads = {"l_kwargs_attention_mask_": given["attention_mask"]}
         values = [reads.get(item.name, given["attention_mask"]) if index == 0 else _read(given) for index, item in enumerate(blocks.args[0])]
         tiles = torch.ops.fastft.block_mask(values, *blocks.args[1:])
@@ -101,29 +101,31 @@ def test_checkpointed_bodies():
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(got[name], parameter.grad, rtol=1e-4, atol=1e-6)
     bodies = [body for gm in rewriter.graphs for body in match.graph_modules(gm)][1:]
-    assert len(bodies) == 2 and all(any(n.target is kernel.op and "t1[b, q]" in n.args[9] for n in body.graph.nodes) for body in bodies)
+    assert len(bodies) == 2 and all(any(n.target is kernel.op and "t1[b, q]" in kernel.get(n, "allowed") for n in body.graph.nodes) for body in bodies)
 
 
 class Small(nn.Module):
     """One attention with padding and whatever a test puts behind or before it."""
 
-    def __init__(self, after=None, before=None, hidden=False):
+    def __init__(self, after=None, before=None, hidden=False, causal=True, loss=lambda m, *given: F.cross_entropy(*given)):
         super().__init__()
         self.embed, self.qkv, self.head = nn.Embedding(200, 32), nn.Linear(32, 96), nn.Linear(32, 200)
         self.conv = nn.Conv1d(32, 32, 3, padding=1)
-        self.after, self.before, self.hidden = after, before, hidden
+        self.register_buffer("weights", torch.rand(200))
+        self.after, self.before, self.hidden, self.causal, self.loss = after, before, hidden, causal, loss
 
     def forward(self, input_ids, attention_mask, labels):
         x = self.embed(input_ids)
         if self.before:
             x = self.before(self, x)
         q, k, v = (t.view(*x.shape[:2], 2, 16).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
-        place = torch.arange(LENGTH)
-        allowed = (place[None, :] <= place[:, None]) & attention_mask[:, None, None, :].bool()
+        place, allowed = torch.arange(LENGTH), attention_mask[:, None, None, :] > 0
+        if self.causal:
+            allowed = (place[None, :] <= place[:, None]) & allowed
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).reshape(x.shape)
         x = x + y
         logits = self.head(x)
-        loss = F.cross_entropy(logits.view(-1, 200), labels.view(-1))
+        loss = self.loss(self, logits.view(-1, 200), labels.view(-1))
         if self.after:
             loss = self.after(self, x, loss)
         return CausalLMOutput(loss=loss, logits=logits, hidden_states=(x,) if self.hidden else None)
@@ -137,8 +139,9 @@ MISSES = {
     "shift": ({"before": lambda m, x: x + F.pad(x, (0, 0, 1, 0))[:, :-1]}, MIXES),
     "sum over the tokens": ({"before": lambda m, x: x + x.cumsum(1)}, MIXES),
     "linear attention": ({"before": lambda m, x: x + x @ (x.transpose(1, 2) @ x)}, MIXES),
-    "attention without padding": ({"before": lambda m, x: F.scaled_dot_product_attention(*[x.view(BATCH, LENGTH, 2, 16).transpose(1, 2)] * 3).transpose(1, 2).reshape(x.shape)}, MIXES),
-}  # fmt: skip
+    "attention without padding": ({"before": lambda m, x: F.scaled_dot_product_attention(*[x[:, None]] * 3)[:, 0]}, MIXES),
+    "smoothing and weights by position": ({"loss": lambda m, *given: F.cross_entropy(*given, m.weights, None, -100, None, "mean", 0.1)}, NO_LOSS),
+}
 
 
 @pytest.mark.parametrize("case", MISSES)
@@ -158,6 +161,27 @@ def test_small_model_is_taken(after):
     assert taken(rewriter) == 1 and not rewriter.misses
 
 
+@pytest.mark.parametrize("arguments", [(0,), (0, None, "sum", 0.1)])
+def test_ignored_by_position(arguments):
+    model = Small(loss=lambda m, *given: F.cross_entropy(*given, None, None, *arguments))
+    given, rewriter = batch(), Rewriter(of="unread_queries")
+    given["labels"] = given["labels"].clamp(min=0)
+    compiled = rewriter.compile(model)
+    assert_same(model, compiled, given)
+    assert taken(rewriter) == 1 and not rewriter.misses
+    with torch.no_grad():
+        other = (compiled(**given).logits - model(**given).logits).abs().amax(-1) > 1e-4
+    assert torch.equal(other, given["attention_mask"] == 0)  # just these queries are left out
+
+
+def test_padding_alone():
+    """Keys are forbidden by their padding and by nothing else: a text of one comparison."""
+    model, given, rewriter = Small(causal=False), batch(), Rewriter(of="unread_queries")
+    given["attention_mask"] *= 2
+    assert_same(model, rewriter.compile(model), given)
+    assert taken(rewriter) == 1 and not rewriter.misses
+
+
 def test_no_loss_in_the_graph():
     model = tiny.tiny_model("llama", seq=LENGTH).train()
     given = batch("right", "all")
@@ -169,11 +193,11 @@ def test_no_loss_in_the_graph():
 
 
 @pytest.mark.parametrize("arch, named", [("falcon_h1", 2), ("qwen3_next", 1), ("llama", 0)])
-def test_models_that_mix_documents_are_named(arch, named):
+@pytest.mark.parametrize("rows", [BATCH, 1])
+def test_models_that_mix_documents_are_named(arch, named, rows):
     model = tiny.tiny_model(arch, seq=LENGTH).train()
-    given = batch()
-    del given["attention_mask"]
-    given["position_ids"] = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None].expand(BATCH, -1).contiguous()
+    given = {name: tensor[:rows] for name, tensor in batch().items() if name != "attention_mask"}
+    given["position_ids"] = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None].expand(rows, -1).contiguous()
     rewriter = Rewriter(of="documents")
     rewriter.compile(model)(**given)
     assert rewriter.misses == ({LEAK: named} if named else {})
