@@ -267,6 +267,7 @@ def bench_models(args: argparse.Namespace) -> bool:
 
 
 def bench_op(args: argparse.Namespace) -> bool:
+    from bench_attention import SIZES as attention_sizes
     from bench_attention import attention_table, bench_attention
     from bench_ops import bench_lora_linear, lora_linear_table
 
@@ -274,8 +275,12 @@ def bench_op(args: argparse.Namespace) -> bool:
     say: Callable[[str], None] = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
     if args.op == "attention":
         path, head = out_path(args, "op-attention"), header(args, host)
-        sizes = [(args.batch or 1, args.seq)] if args.seq else None
-        result = bench_attention(sizes, repeat, args.warmup, args.seed, args.tiny, args.options, say, lambda result: write(path, head | result))
+        if args.overlap and not args.seq:
+            result = bench_turns.one_size_each(attention_sizes)
+        else:
+            sizes = [(args.batch or 1, args.seq)] if args.seq else None
+            result = bench_attention(sizes, repeat, args.warmup, args.seed, args.tiny, args.options, say, lambda result: write(path, head | result))
+        write(path, result | head)
         console.print(attention_table(result, host["gpu"]))
         rows = result["rows"]
     else:

@@ -35,7 +35,7 @@ CLASSES = ("large GEMM", "skinny GEMM", "GEMM, shape unknown", "attention", "ele
 _PRODUCT = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm|_scaled_mm|addmm_)(\.|$)")
 _GEMM = re.compile(r"nvjet|gemm|gemv|xmma|cutlass|splitk|_tem_fused|(^|_)(mm|bmm|matmul)(_|$)", re.I)
 _INDUCTOR = re.compile(r"triton_(poi|red|per|for|mix|unk)_")
-_LORA = re.compile(r"lora|skinny", re.I)
+_LORA = re.compile(r"lora|skinny|low_rank|dropped_(mm|grad)", re.I)
 _ATTENTION = re.compile(r"scaled_?dot_?product|sdpa|fmha|flash|cudnn_(generated|attention)|attention_(forward|backward)|dot_do_o|_attn_|varlen_attn", re.I)
 _FLEX = re.compile(r"flex_attention|triton_tem_fused(?!.*(mm|matmul|conv))", re.I)  # templates are GEMMs, convolutions and flex attention
 _LOSS = re.compile(r"cross_entropy|nll_loss|log_?softmax|softmax_?(fwd|bwd|forward|backward)|_ce_", re.I)
@@ -176,6 +176,30 @@ def profile(step: Callable[[], object], steps: int = 2, top: int = 25) -> dict[s
         path = Path(folder, "trace.json")
         prof.export_chrome_trace(str(path))
         return summarise(json.loads(path.read_text(errors="replace")), steps, top)
+
+
+def attention_by_hand(config: dict[str, Any], batch: int, seq: int) -> float:
+    """Milliseconds of `scaled_dot_product_attention(is_causal=True, enable_gqa=True)`, forward and backward of all layers, called by hand.
+
+    Between large GEMMs that take as many times longer as in a training step: the card is at its power limit there, and slower than in a benchmark
+    of attention alone.
+    """
+    import torch
+
+    heads, kv_heads, dim = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q, k, v, dy = (torch.randn(batch, n, seq, dim, device="cuda", dtype=torch.bfloat16) for n in (heads, kv_heads, kv_heads, heads))
+    a, b = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16), torch.randn(4096, 14336, device="cuda", dtype=torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def layer() -> None:
+        for _ in range(8):
+            torch.mm(a, b)
+        out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, leaves, dy)
+
+    for _ in range(20):
+        layer()
+    return profile(layer, steps=20)["classes"]["attention"] * config["num_hidden_layers"]
 
 
 def print_profiles(console: Console, profiles: dict[str, dict[str, Any]], top: int) -> None:

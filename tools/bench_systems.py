@@ -166,13 +166,14 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
         if spec.system == "fastft":
             result["fastft"] = fastft_reports()
         if device == "cuda":
-            from bench_profile import attention_backend, profile
+            from bench_profile import attention_backend, attention_by_hand, profile
 
             try:
                 prof = profile(step, steps=2 if spec.profile else 1)
                 result["attention"] = attention_backend(prof)
                 if spec.profile:
                     result["profile"] = prof
+                    result["attention_by_hand_ms"] = attention_by_hand(spec.config, spec.batch, spec.seq)
             except Exception as error:  # the figures above stand without it
                 result["profile_error"] = f"{type(error).__name__}: {error}"[:500]
     return result

@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 VARIABLE = "FASTFT_BENCH_TURNS"  # FOLDER:PROCESSES, the same for all; set by bench.py, or by hand for several bench.py at once
 
@@ -41,3 +46,18 @@ def alone() -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def one_size_each(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The same command once for each size, compiling at once and timed in turn; the results in one."""
+    with tempfile.TemporaryDirectory(prefix="fastft-bench-") as scratch:
+        env = dict(os.environ, **{VARIABLE: f"{scratch}/turns:{len(sizes)}"})
+        outs = [Path(scratch, f"{batch}x{seq}.json") for batch, seq in sizes]
+        runs = [
+            subprocess.Popen([sys.executable, *sys.argv, "--batch", str(batch), "--seq", str(seq), "--out", str(out)], env=env)
+            for (batch, seq), out in zip(sizes, outs, strict=True)
+        ]
+        for run in runs:
+            run.wait()
+        results = [json.loads(out.read_text()) for out in outs]
+    return {**results[0], "rows": [row for result in results for row in result["rows"]]}
