@@ -29,6 +29,11 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
+from torch.utils._pytree import tree_map
+
+no_torch_function = torch._C.DisableTorchFunctionSubclass
+enable_torch_function = torch._C._EnableTorchFunction
 
 
 def lower_inplace_addmm() -> None:
@@ -99,6 +104,7 @@ __all__ = [
     "RestartAnalysis",
     "compile_fx",
     "counters",
+    "enable_torch_function",
     "flex_attention",
     "graph_break_reasons",
     "inductor_config",
@@ -106,5 +112,8 @@ __all__ = [
     "list_mode_options",
     "lower_inplace_addmm",
     "min_cut_rematerialization_partition",
+    "no_dispatch_modes",
+    "no_torch_function",
     "sdpa_backend",
+    "tree_map",
 ]

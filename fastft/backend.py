@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule
 
 from fastft import _torch, passes, report
+from fastft.deferred import PLANS, defer
 from fastft.hooks import Partitioner, PassManager
 from fastft.options import Options
 from fastft.packing import pack_weights
@@ -52,7 +53,8 @@ def fastft(
         if checked.pack_weights:
             pack_weights(rewritten, example_inputs, row)
         try:
-            compiled = _compile(rewritten, example_inputs, checked, row)
+            plans = rewritten.meta.pop(PLANS, [])
+            compiled = defer(_compile(rewritten, example_inputs, checked, row), plans)
             break
         except _torch.AnyRestart:
             raise  # Inductor asks Dynamo to trace the frame again: no failure

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | `disable` | list of pass names | `[]` | passes that are not run |
 | `strict` | bool | `False` | a failing pass, lowering or kernel raises instead of being dropped with a warning |
+| `logits` | str | `"deferred"` | logits that only the loss reads are computed when something else reads them; `"materialize"`: in every forward |
 | `pack_weights` | bool | `False` | frozen 16-bit base weights move into padded storage whose tail columns hold the adapters |
 | `inductor` | dict | `{}` | Inductor configuration, as `options` of `backend="inductor"` |
 """
@@ -30,6 +31,7 @@ class Options:
 
     disable: tuple[str, ...] = ()
     strict: bool = False
+    logits: str = "deferred"
     pack_weights: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
 
@@ -52,6 +54,9 @@ class Options:
         for name in disable:
             if name not in passes:
                 raise unknown("pass", name, passes)
+        logits = values.pop("logits", "deferred")
+        if logits not in ("deferred", "materialize"):
+            raise ValueError(f"fastft: option 'logits' takes 'deferred' or 'materialize', not {logits!r}")
         inductor = values.pop("inductor", {})
         if not isinstance(inductor, Mapping):
             raise ValueError(f"fastft: option 'inductor' takes a dict of Inductor settings, not {inductor!r}")
@@ -67,4 +72,13 @@ class Options:
             if name.replace("-", "_") not in known:
                 raise unknown("Inductor setting", name, known)
         settings = {name.replace("-", "_"): value for name, value in settings.items()}
-        return cls(disable=tuple(sorted(disable)), inductor=tuple(sorted(settings.items())), **values)
+        return cls(disable=tuple(sorted(disable)), logits=logits, inductor=tuple(sorted(settings.items())), **values)
+
+    def why_materialized(self) -> str | None:
+        """Why logits must not be deferred; None where they may be."""
+        if self.logits == "materialize":
+            return 'options={"logits": "materialize"}'
+        # What a deferred output holds would be overwritten by the next replay.
+        if dict(self.inductor).get("triton.cudagraphs", _torch.inductor_config.triton.cudagraphs):
+            return "CUDA graphs use the memory of outputs again"
+        return None

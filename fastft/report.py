@@ -59,6 +59,7 @@ class Report:
         passes: every pass with its seconds and its change in operation counts.
         compile_seconds: the whole backend call: rewriting, AOTAutograd and Inductor.
         dropped: rewrites taken back because a pass, a lowering or a kernel raised: `(name, error)`.
+        logits: "deferred", "materialized: why" where they must not be, or None where no logits of this graph could be.
         memory_plan: what the memory planner chose, or None where it did not run.
     """
 
@@ -69,6 +70,7 @@ class Report:
     passes: list[PassRun] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    logits: str | None = None
     memory_plan: dict[str, Any] | None = None
 
     @property
@@ -84,6 +86,7 @@ class Report:
             "nodes_after": self.nodes_after,
             "rewrites": [row.to_dict() for row in self.rewrites],
             "misses": [row.to_dict() for row in self.misses + dropped],
+            "logits": self.logits,
             "memory_plan": self.memory_plan,
         }
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from torch.fx import GraphModule
 
 from fastft import match
+from fastft.deferred import LOGITS, PLANS
 from fastft.options import Options
 from fastft.report import MissRow, PassRun, Report, Rewrite, reports
 from fastft.result import Match
@@ -68,9 +69,9 @@ def node_count(gm: GraphModule) -> int:
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
-    """A graph module with its own nodes and its own subgraphs; parameters, meta values and attributes are shared."""
+    """A graph module with its own nodes, subgraphs and lists in `meta`; parameters, other meta values and attributes are shared."""
     twin = GraphModule(gm, copy.deepcopy(gm.graph))
-    twin.meta = dict(gm.meta)
+    twin.meta = {name: list(value) if type(value) is list else value for name, value in gm.meta.items()}
     for name, child in gm.named_children():
         if isinstance(child, GraphModule):
             setattr(twin, name, copy_graph(child))
@@ -80,6 +81,8 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 def run_passes(gm: GraphModule, passes: list[Callable], options: Options, report: Report, without: Collection[str] = ()) -> GraphModule:
     """Applies `passes` to `gm` and its bodies in place and fills `report`; returns the graph module to compile."""
     report.nodes_before = node_count(gm)
+    why = options.why_materialized()
+    gm.meta[LOGITS] = "materialize" if why else "deferred"
     for run in passes:
         name = run.__name__
         if name in options.disable or name in without:
@@ -112,4 +115,5 @@ def run_passes(gm: GraphModule, passes: list[Callable], options: Options, report
     for module in match.graph_modules(gm):
         module.recompile()
     report.nodes_after = node_count(gm)
+    report.logits = f"materialized: {why}" if why else "deferred" if gm.meta.get(PLANS) else None
     return gm

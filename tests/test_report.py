@@ -14,7 +14,7 @@ from torch import nn
 import fastft
 from fastft import _torch, passes, report
 
-GRAPH_KEYS = ["nodes_before", "nodes_after", "rewrites", "misses", "memory_plan"]
+GRAPH_KEYS = ["nodes_before", "nodes_after", "rewrites", "misses", "logits", "memory_plan"]
 REWRITE_KEYS = ["pass", "op", "provider", "fqn", "source"]
 MISS_KEYS = ["pass", "reason", "fqn", "source"]
 
