@@ -6,6 +6,7 @@ Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bod
 from fastft.passes.accumulate_inplace import accumulate_inplace
 from fastft.passes.attention import attention
 from fastft.passes.documents import documents
+from fastft.passes.linear_cross_entropy import linear_cross_entropy
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
 from fastft.passes.rope import rope
@@ -18,6 +19,7 @@ STAGE_1 = [
     documents,  # says what does not keep packed documents apart
     unread_queries,  # padded queries that no loss reads are left out of fastft::attention
     lora_linear,  # sibling linears with adapters -> fastft::lora_linear
+    linear_cross_entropy,  # lm_head and its loss -> fastft::linear_cross_entropy, logits made when they are read
 ]
 
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):
