@@ -83,7 +83,8 @@ def _is_interrupted(head: Head, anchor: Node) -> bool:
 def _other_reader(gm: GraphModule, loss: Loss, outputs: dict[int, Chain]) -> Node | None:
     """What reads the logits for another purpose than the loss and the outputs that can be made later."""
     returned_nodes = [node for chain in outputs.values() for node in chain.nodes]
-    known = dict.fromkeys([*loss.chain.nodes, *sorted(loss.between), *returned_nodes])
+    between = [node for node in gm.graph.nodes if node in loss.between]
+    known = dict.fromkeys([*loss.chain.nodes, *between, *returned_nodes])
     last = {chain.nodes[-1] for chain in outputs.values()}
     for node in [loss.chain.head.first, *known]:
         for user in list(node.users):

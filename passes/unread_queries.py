@@ -27,6 +27,7 @@ from fastft import match
 from fastft.kernels import attention as kernel
 from fastft.match import is_function, is_method, origin, value
 from fastft.passes.attention_tiles import once, tiles
+from fastft.passes.labels import are_written, writes
 from fastft.passes.token_mixing import mixing
 from fastft.result import Match, Miss
 
@@ -99,16 +100,20 @@ def _labels(loss: dict[str, Any], rows: torch.Size) -> list[Node] | None:
     flat = match.strip_casts(scores)
     if not is_method(flat, "view", "reshape") or value(flat.args[0]).dim() != 3 or tuple(value(flat.args[0]).shape[:2]) != tuple(rows):
         return None
-    chain, pending = [], [target]
+    chain, pending, inputs = [], [target], set()
     while pending:
         node = pending.pop()
         if node.op == "placeholder":
+            inputs.add(node)
             continue
         if node.op not in ("call_function", "call_method") or match.is_mutating(node) or value(node) is None or value(node).is_floating_point():
             return None
         chain.append(node)
         pending += node.all_input_nodes
     order = {node: i for i, node in enumerate(target.graph.nodes)}
+    first, *_, last = order
+    if are_written({*chain, *inputs}, writes(first, last)):  # a copy at the front would read what was there before
+        return None
     return sorted(set(chain), key=order.__getitem__)
 
 

@@ -23,6 +23,7 @@ from torch import nn  # noqa: E402
 
 import fastft  # noqa: E402
 from fastft import contract, match, passes  # noqa: E402
+from fastft.deferred import PLANS, defer  # noqa: E402
 from fastft.hooks import Partitioner, PassManager  # noqa: E402
 from fastft.kernels import lora_linear  # noqa: E402
 from fastft.options import Options  # noqa: E402
@@ -49,7 +50,7 @@ class Rewriter:
         gm = run_passes(gm, self.passes, self.options, report)
         self.reports.append(report)
         self.graphs.append(gm)
-        return gm.forward
+        return defer(gm.forward, gm.meta.get(PLANS, []))
 
     @property
     def groups(self) -> list[list[str]]:

@@ -140,6 +140,7 @@ MISSES = {
     "sum over the tokens": ({"before": lambda m, x: x + x.cumsum(1)}, MIXES),
     "linear attention": ({"before": lambda m, x: x + x @ (x.transpose(1, 2) @ x)}, MIXES),
     "attention without padding": ({"before": lambda m, x: F.scaled_dot_product_attention(*[x[:, None]] * 3)[:, 0]}, MIXES),
+    "labels written in the graph": ({"loss": lambda m, scores, labels: (labels.__setitem__(26, 9), F.cross_entropy(scores, labels))[1]}, NO_LOSS),
     "smoothing and weights by position": ({"loss": lambda m, *given: F.cross_entropy(*given, m.weights, None, -100, None, "mean", 0.1)}, NO_LOSS),
 }
 
