@@ -131,7 +131,7 @@ def walk(node: Node, at: int, log_softmax: bool = False) -> Chain | tuple[str, N
             return NOT_LINEAR, node
         times, over = times * up, over * down
         steps.insert(0, (kind, node))
-        node, at = _tensor(node), at_above
+        node, at = tensor_of(node), at_above
     if log_softmax or at != value(node).dim() - 1:
         return NOT_LINEAR, node
     scale = times * (softcap or 1.0) / over
@@ -157,7 +157,7 @@ def _dims(node: object) -> int | None:
     return example.dim() if isinstance(example, torch.Tensor) else None
 
 
-def _tensor(node: Node) -> Node:
+def tensor_of(node: Node) -> Node:
     """The tensor that a step changes."""
     return next(arg for arg in node.args if isinstance(arg, Node))
 
@@ -251,7 +251,7 @@ def _head(node: Node) -> Head | str | None:
 
 def _with_adapters(node: Node) -> Head | str:
     call = node.args[0]
-    given = dict(zip((argument.name for argument in lora_linear.op._schema.arguments), call.args, strict=True))
+    given = match.given(call, *(argument.name for argument in lora_linear.op._schema.arguments))
     if len(given["weights"]) != 1:
         return SIBLINGS
     if any(given["dropout"]):

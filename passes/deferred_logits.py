@@ -6,7 +6,7 @@ from torch.fx import Graph, GraphModule, Node
 from fastft import match
 from fastft.deferred import LOGITS, PLANS, Plan
 from fastft.match import value
-from fastft.passes.cross_entropy_head import Chain, Head, walk
+from fastft.passes.cross_entropy_head import Chain, Head, tensor_of, walk
 from fastft.passes.labels import are_written, writes
 
 OFF = "logits are materialized: deferring them is turned off"  # why: Report.logits
@@ -107,11 +107,10 @@ def _recipe(chain: Chain, inputs: list[Node]) -> Graph:
         bias = None if head.bias is None else as_head(head.bias, bring(head.bias))
         logits = graph.call_function(torch.nn.functional.linear, (x, weight, bias))
     for kind, node in chain.steps:
-        source = next(arg for arg in node.args if isinstance(arg, Node))
         if kind == "cast":
             logits = graph.call_method("to", (logits, match.dtype(node)))
         elif kind in ("number", "tanh"):
-            known[source] = logits
+            known[tensor_of(node)] = logits
             logits = graph.node_copy(node, bring)
     if not value(chain.nodes[-1]).requires_grad:
         logits = graph.call_method("detach", (logits,))
