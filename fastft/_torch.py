@@ -24,7 +24,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config as inductor_config
-from torch._inductor import list_mode_options, lowering
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
@@ -34,17 +34,6 @@ from torch.utils._pytree import tree_map
 
 no_torch_function = torch._C.DisableTorchFunctionSubclass
 enable_torch_function = torch._C._EnableTorchFunction
-
-
-def lower_inplace_addmm() -> None:
-    """Tells Inductor to call `aten.addmm_` as it is, with the strides of the graph.
-
-    Left alone, Inductor does the same by an implicit fallback, but refuses it where the environment says CI, and asks for
-    contiguous inputs where it meets the op in a backward graph first: a copy of every packed weight.
-    """
-    target = torch.ops.aten.addmm_.default
-    if target not in lowering.lowerings:
-        lowering.make_fallback(target, layout_constraint=lowering.constrain_to_fx_strides, warn=False)
 
 
 def flex_attention(q, k, v, score_mod, mask_mod, blocks, block_size, scale, reads):
@@ -110,7 +99,6 @@ __all__ = [
     "inductor_config",
     "isolated_compile",
     "list_mode_options",
-    "lower_inplace_addmm",
     "min_cut_rematerialization_partition",
     "no_dispatch_modes",
     "no_torch_function",

@@ -72,7 +72,6 @@ def fastft(
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row: report.Report) -> Callable[..., Any]:
-    _torch.lower_inplace_addmm()
     patches = dict(options.inductor)
     patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options, row)
     patches["custom_partitioner_fn"] = Partitioner(options)

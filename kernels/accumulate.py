@@ -1,9 +1,10 @@
 """`fastft::accumulate_mm(acc, a, b) = acc + a @ b`, the GEMM that adds into a buffer.
 
-Functional in the joint graph; `passes/accumulate_inplace.py` turns it into `aten.addmm_` after partitioning wherever
-`acc` dies there, so that no y-sized sum is read and written again. It is an op of its own because Inductor takes
+Functional in the joint graph; `passes/accumulate_inplace.py` turns it into `fastft::accumulate_mm_` after partitioning
+wherever `acc` dies there, so that no y-sized sum is read and written again. It is an op of its own because Inductor takes
 `aten.addmm` apart again when only pointwise operations read the result (`unfuse_bias_add_to_pointwise`), and copies `acc`
-otherwise.
+otherwise. The writing form returns nothing: to the result of `aten.addmm_` Inductor gives a second name, which it never
+deletes, so every sum stayed alive until its graph ended (6 GiB of Llama-8B's 57 at 4 x 2048).
 
 H200, bf16, 8192 tokens, time relative to the frozen GEMM alone: 1.06 in place, 1.13 with the copy (docs/notes.md).
 """
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 LIBRARY = torch.library.Library("fastft", "FRAGMENT")
 LIBRARY.define("accumulate_mm(Tensor acc, Tensor a, Tensor b) -> Tensor")
+LIBRARY.define("accumulate_mm_(Tensor(a!) acc, Tensor a, Tensor b) -> ()", tags=(torch.Tag.needs_exact_strides,))
 
 
 def _reference(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -26,10 +28,18 @@ def _fake(acc: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return acc.new_empty((a.shape[0], b.shape[1]))
 
 
+def _inplace(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """As `_reference`, into `acc`."""
+    acc.addmm_(a, b)
+
+
 LIBRARY.impl("accumulate_mm", _reference, "CompositeExplicitAutograd")
+LIBRARY.impl("accumulate_mm_", _inplace, "CompositeExplicitAutograd")
 torch.library.register_fake("fastft::accumulate_mm", _fake, lib=LIBRARY)
+torch.library.register_fake("fastft::accumulate_mm_", lambda acc, a, b: None, lib=LIBRARY)
 
 accumulate_mm = torch.ops.fastft.accumulate_mm.default
+accumulate_mm_ = torch.ops.fastft.accumulate_mm_.default
 
 
 @register_flop_formula(torch.ops.fastft.accumulate_mm)

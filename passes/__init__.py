@@ -24,7 +24,7 @@ STAGE_1 = [
 
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):
 POST_GRAD = [
-    accumulate_inplace,  # fastft::accumulate_mm -> aten.addmm_ where the summand dies there
+    accumulate_inplace,  # fastft::accumulate_mm -> accumulate_mm_ where the summand dies there
 ]
 
 # What `options={"disable": [...]}` may name.

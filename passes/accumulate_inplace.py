@@ -1,7 +1,7 @@
 """accumulate_inplace: the GEMM adds into its summand's buffer where that dies there.
 
     before   z = mm(s, B)                        after   z = mm(s, B)
-             y = fastft::accumulate_mm(z, x, W)          aten.addmm_(z, x, W)
+             y = fastft::accumulate_mm(z, x, W)          fastft::accumulate_mm_(z, x, W)
              ... y ...                                   ... z ...
 
 Taken: z is the fresh result of a GEMM, of an operation Inductor generates, or of another accumulation, and nothing else
@@ -13,7 +13,7 @@ Runs after Inductor's own patterns: they do not match across a mutation.
 import torch
 from torch.fx import Graph, Node
 
-from fastft.kernels.accumulate import accumulate_mm
+from fastft.kernels.accumulate import accumulate_mm, accumulate_mm_
 from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
 
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def accumulate_inplace(graph: Graph) -> int:
         if live or summand.target not in _FRESH:
             continue
         with graph.inserting_before(node):
-            write = graph.call_function(aten.addmm_.default, (summand, a, b))
+            write = graph.call_function(accumulate_mm_, (summand, a, b))
         write.meta = dict(node.meta)
         written.add(write)
         node.replace_all_uses_with(summand)
