@@ -17,10 +17,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 import fastft.kernels
 import fastft.passes
 from fastft import _torch
+from fastft.kernels.dequantize import dequantize_4bit
 from fastft.kernels.lora_linear import RECOMPUTE
 from fastft.options import Options
 from fastft.report import Report
 from fastft.runner import warn_dropped
+from fastft.saved import give_own_memory
 
 
 @functools.cache
@@ -80,7 +82,8 @@ class Partitioner(_torch.CustomPartitionerFn):
     """Stage 3: where the memory planner tags what is saved, recomputed or offloaded, before PyTorch's min-cut.
 
     Today it tags what the ops ask for: their seeds of dropout masks are saved, never drawn again, also inside checkpointed
-    regions; what they mark as recomputed is made again in the backward. The min-cut may make again what is element-wise.
+    regions; what they mark as recomputed is made again in the backward, and so are dequantized weights. The
+    min-cut may make again what is element-wise.
     """
 
     def __init__(self, options: Options) -> None:
@@ -90,10 +93,12 @@ class Partitioner(_torch.CustomPartitionerFn):
         for node in gm.graph.nodes:
             if node.target in (torch.ops.aten.randint.low, torch.ops.prims.inductor_randint.default):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            elif RECOMPUTE in (node.meta.get("custom") or {}):
+            elif RECOMPUTE in (node.meta.get("custom") or {}) or node.target is dequantize_4bit:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         with torch._functorch.config.patch(MIN_CUT):
-            return _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+            forward, backward = _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
+        give_own_memory(forward, backward, kwargs["num_fwd_outputs"])
+        return forward, backward
 
     def uuid(self) -> str:
         return uuid(self.options)

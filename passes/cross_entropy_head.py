@@ -91,7 +91,9 @@ class Chain:
         for kind, node in self.steps:
             if kind == "view" and node.target not in _SAME:
                 hidden = _viewed(node, hidden, width)
-            elif kind in ("slice", "turn"):
+            elif kind == "slice":  # `logits[..., :vocabulary]` too takes all: of the narrower hidden state, it is to say so
+                hidden = emit(node, operator.getitem, hidden, tuple(_index(node)))
+            elif kind == "turn":
                 hidden = emit(node, node.target, hidden, *node.args[1:], **node.kwargs)
         return hidden if self.at == value(hidden).dim() - 1 else emit(self.head.node, "movedim", hidden, self.at, -1)
 
@@ -201,27 +203,33 @@ def _move(node: Node, at: int) -> tuple[str | None, int]:
     return None, at
 
 
-def _slice(node: Node, at: int) -> tuple[str | None, int]:
-    """Slices and single indices of other dimensions than the vocabulary."""
+def _index(node: Node) -> list | None:
+    """The index of a getitem, its ellipsis written out and what takes a whole dimension as `:`; None where it holds tensors."""
     source = value(node.args[0])
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if not all(item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int for item in index):
-        return None, at
+        return None
     missing = source.dim() - sum(isinstance(item, slice | int) for item in index)
     if Ellipsis not in index:
         index = (*index, Ellipsis)
     place = index.index(Ellipsis)
-    index = (*index[:place], *([slice(None)] * missing), *index[place + 1 :])
-    dims, taken = [], 0  # for every dimension of the result: the one of the source, and how it is sliced
-    for item in index:
-        if isinstance(item, slice):
-            dims.append((taken, item))
-        elif item is None:
-            dims.append((None, item))
-        taken += item is not None
-    dim, part = dims[at]
-    whole = part is not None and part.start in (None, 0) and part.step in (None, 1) and (part.stop is None or part.stop == source.shape[dim])
-    return ("slice", dim) if whole else (None, at)
+    index = [*index[:place], *([slice(None)] * missing), *index[place + 1 :]]
+    sizes = iter(source.shape)
+    for i, item in enumerate(index):
+        size = None if item is None else next(sizes)
+        if isinstance(item, slice) and item.start in (None, 0) and item.step in (None, 1) and (item.stop is None or item.stop == size):
+            index[i] = slice(None)
+    return index
+
+
+def _slice(node: Node, at: int) -> tuple[str | None, int]:
+    """Slices and single indices of other dimensions than the vocabulary."""
+    index = _index(node)
+    if index is None:
+        return None, at
+    kept = [i for i, item in enumerate(index) if item is None or isinstance(item, slice)]  # the dimensions of the result
+    dim = sum(item is not None for item in index[: kept[at]])
+    return ("slice", dim) if index[kept[at]] == slice(None) else (None, at)
 
 
 def _head(node: Node) -> Head | str | None:
