@@ -30,6 +30,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 no_torch_function = torch._C.DisableTorchFunctionSubclass
@@ -75,6 +76,13 @@ def sdpa_backend(q, k, v, **options) -> str:
     return _sdpa_backends[key]
 
 
+def is_quantized(tensor: object) -> bool:
+    """True for tensors of single bytes, and for subclasses made of such: torchao's int8, fp8 and 4-bit weights."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return isinstance(tensor, torch.Tensor) and tensor.itemsize == 1
+    return any(is_quantized(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
 class OptionError(ShortenTraceback, ValueError):
     """A ValueError that Dynamo hands on as it is; others that a backend raises come out as BackendCompilerFailed."""
 
@@ -97,6 +105,7 @@ __all__ = [
     "flex_attention",
     "graph_break_reasons",
     "inductor_config",
+    "is_quantized",
     "isolated_compile",
     "list_mode_options",
     "min_cut_rematerialization_partition",

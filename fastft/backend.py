@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from fastft import _torch, passes, report
 from fastft.deferred import PLANS, defer
 from fastft.hooks import Partitioner, PassManager
+from fastft.kept import Recipe, keep_dequantized, with_kept
 from fastft.options import Options
 from fastft.packing import pack_weights
 from fastft.runner import copy_graph, run_passes, set_strict_kernels, warn_dropped
@@ -54,7 +55,9 @@ def fastft(
             pack_weights(rewritten, example_inputs, row)
         try:
             plans = rewritten.meta.pop(PLANS, [])
-            compiled = defer(_compile(rewritten, example_inputs, checked, row), plans)
+            rewritten, kept = _keep(rewritten, example_inputs, checked, row)
+            compiled = _compile(rewritten, [*example_inputs, *kept.values()], checked, row)
+            compiled = defer(with_kept(compiled, kept), plans)
             break
         except _torch.AnyRestart:
             raise  # Inductor asks Dynamo to trace the frame again: no failure
@@ -69,6 +72,18 @@ def fastft(
     row.compile_seconds = time.perf_counter() - start
     report.record(row)
     return compiled
+
+
+def _keep(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row: report.Report) -> tuple[GraphModule, dict[Recipe, torch.Tensor]]:
+    if not options.keep_dequantized:
+        return gm, {}
+    try:
+        return keep_dequantized(gm, example_inputs, row)
+    except MemoryError as error:
+        if options.strict:
+            raise
+        row.dropped.append(("keep_dequantized", warn_dropped("option keep_dequantized", error)))
+        return gm, {}
 
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row: report.Report) -> Callable[..., Any]:

@@ -82,7 +82,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_post_hook(count)
 
 
-def _stamp(tensor: Any) -> tuple | None:
+def stamp(tensor: Any) -> tuple | None:
     """Changes when `tensor` is written, moved, or trained by a step of an optimizer (any: some hold copies of the parameters)."""
     if not isinstance(tensor, torch.Tensor):
         return None
@@ -95,7 +95,7 @@ class _Source:
     """What makes logits: the recipe, its inputs, and the state that the forward ran in."""
 
     def __init__(self, plan: Plan, inputs: tuple) -> None:
-        self.plan, self.inputs, self.stamps = plan, inputs, [_stamp(tensor) for tensor in inputs]
+        self.plan, self.inputs, self.stamps = plan, inputs, [stamp(tensor) for tensor in inputs]
         self.shape = (*inputs[0].shape[:-1], plan.vocabulary)
         device = inputs[0].device.type
         on, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -104,7 +104,7 @@ class _Source:
 
     def run(self, inputs: Iterable[Any], gradients: bool) -> torch.Tensor:
         global _computed
-        if [_stamp(tensor) for tensor in self.inputs] != self.stamps:
+        if [stamp(tensor) for tensor in self.inputs] != self.stamps:
             raise RuntimeError(
                 "fastft: these logits are computed when they are read, and what they are computed from (the weights of the head, or the hidden state) has been "
                 'changed since the forward, by an optimizer step for instance. Read them before that, or compile with options={"logits": "materialize"}.'

@@ -55,6 +55,14 @@ def is_method(node: object, *names: str) -> bool:
     return isinstance(node, Node) and node.op == "call_method" and node.target in names
 
 
+def op_name(node: object) -> str:
+    """`namespace::operation` where a registered operation is called, else nothing."""
+    target = node.target if isinstance(node, Node) else None
+    if isinstance(target, torch._ops.OpOverload):
+        target = target.overloadpacket
+    return str(target).replace(".", "::") if isinstance(target, torch._ops.OpOverloadPacket) else ""
+
+
 def is_linear(node: object) -> bool:
     """True for `linear(x, weight[, bias])` with a 2-D weight."""
     return is_function(node, *LINEAR)
@@ -127,6 +135,24 @@ def is_mutating(node: Node) -> bool:
 def changes_state(node: Node) -> bool:
     """True for `_set_grad_enabled`, autocast entries and the like."""
     return node.op == "call_function" and getattr(node.target, "__name__", "") in _STATE_CHANGES
+
+
+def autocast_dtypes(gm: GraphModule, device: str) -> dict[Node, torch.dtype | None]:
+    """The dtype of the autocast that each node runs under on a type of device, None where that is off."""
+    if outer := calls(gm):
+        current = autocast_dtypes(outer[0].graph.owning_module, device)[outer[0]]
+    else:
+        current = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    found, outside = {}, {}
+    for node in gm.graph.nodes:
+        called = getattr(node.target, "__name__", "")
+        if called == "_enter_autocast" and node.args[0] == device:
+            outside[node] = current
+            current = (node.args[1] or torch.get_autocast_dtype(device)) if node.args[2] else None
+        elif called == "_exit_autocast" and node.args[0] in outside:
+            current = outside[node.args[0]]
+        found[node] = current
+    return found
 
 
 def segments(gm: GraphModule) -> dict[Node, int]:
@@ -252,9 +278,9 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def source_line(node: Node) -> str:
-    """`file:line` of the innermost frame of the model's own code (not torch's or peft's)."""
+    """`file:line` of the innermost frame of the model's own code (not torch's, peft's or bitsandbytes')."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [frame for frame in frames if "/torch/" not in frame[0] and "/peft/" not in frame[0]]
+    own = [frame for frame in frames if not re.search("/(torch|peft|bitsandbytes)/", frame[0])]
     if not (own or frames):
         return ""
     file, line = (own or frames)[-1]

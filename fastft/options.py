@@ -6,6 +6,7 @@
 | `strict` | bool | `False` | a failing pass, lowering or kernel raises instead of being dropped with a warning |
 | `logits` | str | `"deferred"` | logits that only the loss reads are computed when something else reads them; `"materialize"`: in every forward |
 | `pack_weights` | bool | `False` | frozen 16-bit base weights move into padded storage whose tail columns hold the adapters |
+| `keep_dequantized` | bool | `False` | quantized weights are dequantized once and kept, 16 bits each: no dequantization in the steps |
 | `inductor` | dict | `{}` | Inductor configuration, as `options` of `backend="inductor"` |
 """
 
@@ -33,6 +34,7 @@ class Options:
     strict: bool = False
     logits: str = "deferred"
     pack_weights: bool = False
+    keep_dequantized: bool = False
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -79,6 +81,8 @@ class Options:
         if self.logits == "materialize":
             return 'options={"logits": "materialize"}'
         # What a deferred output holds would be overwritten by the next replay.
-        if dict(self.inductor).get("triton.cudagraphs", _torch.inductor_config.triton.cudagraphs):
-            return "CUDA graphs use the memory of outputs again"
-        return None
+        return "CUDA graphs use the memory of outputs again" if self.cuda_graphs else None
+
+    @property
+    def cuda_graphs(self) -> bool:
+        return bool(dict(self.inductor).get("triton.cudagraphs", _torch.inductor_config.triton.cudagraphs))

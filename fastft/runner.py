@@ -18,6 +18,10 @@ from fastft.report import MissRow, PassRun, Report, Rewrite, reports
 from fastft.result import Match
 
 
+# What saves a tensor that is made early in the forward: see `hooks.MIN_CUT`.
+NOT_UNDER_CUDA_GRAPHS = {"rope_tables"}
+
+
 def warn_dropped(what: str, error: BaseException) -> str:
     """The one warning for something that failed and was dropped; returns the error as the report's row gives it."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -85,7 +89,7 @@ def run_passes(gm: GraphModule, passes: list[Callable], options: Options, report
     gm.meta[LOGITS] = "materialize" if why else "deferred"
     for run in passes:
         name = run.__name__
-        if name in options.disable or name in without:
+        if name in options.disable or name in without or (options.cuda_graphs and name in NOT_UNDER_CUDA_GRAPHS):
             continue
         kept = copy_graph(gm)
         before, start = operations(gm), time.perf_counter()

@@ -5,16 +5,21 @@ Stage 1, on Dynamo's graph (`GraphModule -> list[Match | Miss]`), and on the bod
 
 from fastft.passes.accumulate_inplace import accumulate_inplace
 from fastft.passes.attention import attention
+from fastft.passes.dequantize_late import dequantize_late
 from fastft.passes.documents import documents
 from fastft.passes.linear_cross_entropy import linear_cross_entropy
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
+from fastft.passes.quant_linear import quant_linear
 from fastft.passes.rope import rope
+from fastft.passes.rope_tables import rope_tables
 from fastft.passes.unread_queries import unread_queries
 
 STAGE_1 = [
     normalize,  # one spelling for each operation
+    quant_linear,  # bitsandbytes' 4-bit linears -> linears on fastft::dequantize_4bit
     rope,  # finds rotary embeddings, for the report; Inductor's kernels for them stay
+    rope_tables,  # cos and sin computed once a step, not in every kernel that reads them
     attention,  # SDPA or matmul, softmax, matmul with a mask -> fastft::attention
     documents,  # says what does not keep packed documents apart
     unread_queries,  # padded queries that no loss reads are left out of fastft::attention
@@ -25,6 +30,7 @@ STAGE_1 = [
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):
 POST_GRAD = [
     accumulate_inplace,  # fastft::accumulate_mm -> accumulate_mm_ where the summand dies there
+    dequantize_late,  # each weight is dequantized right before the GEMM that reads it
 ]
 
 # What `options={"disable": [...]}` may name.

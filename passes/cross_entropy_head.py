@@ -155,8 +155,7 @@ def _why(node: Node) -> str:
 
 
 def _dims(node: object) -> int | None:
-    example = value(node) if isinstance(node, Node) else None
-    return example.dim() if isinstance(example, torch.Tensor) else None
+    return value(node).dim() if isinstance(node, Node) and isinstance(value(node), torch.Tensor) else None
 
 
 def tensor_of(node: Node) -> Node:
@@ -210,8 +209,7 @@ def _index(node: Node) -> list | None:
     if not all(item is None or item is Ellipsis or isinstance(item, slice) or type(item) is int for item in index):
         return None
     missing = source.dim() - sum(isinstance(item, slice | int) for item in index)
-    if Ellipsis not in index:
-        index = (*index, Ellipsis)
+    index = index if Ellipsis in index else (*index, Ellipsis)
     place = index.index(Ellipsis)
     index = [*index[:place], *([slice(None)] * missing), *index[place + 1 :]]
     sizes = iter(source.shape)
@@ -224,8 +222,7 @@ def _index(node: Node) -> list | None:
 
 def _slice(node: Node, at: int) -> tuple[str | None, int]:
     """Slices and single indices of other dimensions than the vocabulary."""
-    index = _index(node)
-    if index is None:
+    if (index := _index(node)) is None:
         return None, at
     kept = [i for i, item in enumerate(index) if item is None or isinstance(item, slice)]  # the dimensions of the result
     dim = sum(item is not None for item in index[: kept[at]])

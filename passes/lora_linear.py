@@ -11,7 +11,7 @@ Taken (peft/tuners/lora/layer.py, `Linear.forward`, and hand-written forms of it
 without autocast; base bias and lora_bias; any ranks, unequal in a group; dropout; several active adapters, added one after
 the other; base as `linear`, `addmm` (Conv1D) or `x @ W.t()`, reshaped or not; frozen or trained base.
 Siblings are grouped where they read one x, nothing between them writes or changes grad mode or autocast, and every other
-input is there before the first of them.
+input is there before the first of them, or can be: a dequantized weight (quant_linear), casts and transposes.
 Left, each with a Miss: the reasons in passes/lora_pattern.py.
 """
 
@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 
 from fastft import match
 from fastft.kernels import lora_linear as kernel
+from fastft.kernels.dequantize import dequantize_4bit
 from fastft.match import linear_args, value
 from fastft.passes.lora_pattern import Linear, find
 from fastft.result import Match, Miss
@@ -51,10 +52,10 @@ def _groups(gm: GraphModule, linears: list[Linear], position: dict[Node, int]) -
             first = group[0]
             start = position[first.base]
             if (
-                first.x is linear.x
+                _is_same(first.x, linear.x, segment)
                 and segment[first.base] == segment[linear.base]
                 and match.dtype(first.base) == match.dtype(linear.base)
-                and all(position[node] < start for node in _inputs(linear) if node.op not in ("placeholder", "get_attr"))
+                and all(_is_there(node, position, start) for node in _inputs(linear))
             ):
                 group.append(linear)
                 break
@@ -63,12 +64,31 @@ def _groups(gm: GraphModule, linears: list[Linear], position: dict[Node, int]) -
     return groups
 
 
+def _is_same(x: Node, other: Node, segment: dict[Node, int]) -> bool:
+    """One node, or casts of one node to one dtype with no write between them."""
+    if x is other:
+        return True
+    return match.is_cast(x) and match.is_cast(other) and x.args[0] is other.args[0] and match.dtype(x) == match.dtype(other) and segment[x] == segment[other]
+
+
+def _is_there(node: Node, position: dict[Node, int], start: int) -> bool:
+    """True for what is there at `start`, or can be: it only gives another form to what is there."""
+    if node.op in ("placeholder", "get_attr") or position[node] < start:
+        return True
+    moves = node.target is dequantize_4bit or match.is_cast(node) or match.is_method(node, "t")
+    return moves and all(_is_there(item, position, start) for item in node.all_input_nodes)
+
+
 def _ready(gm: GraphModule, node: Node, position: dict[Node, int], before: Node) -> Node:
-    """The input itself, or for a graph attribute read later on, the same attribute read before `before`."""
-    if node.op == "get_attr" and position[node] > position[before]:
+    """The input itself, moved before `before` where it stands behind it; for a graph attribute, the same attribute read there."""
+    if position[node] < position[before]:
+        return node
+    if node.op == "get_attr":
         copy = gm.graph.get_attr(node.target)
         copy.meta = dict(node.meta)
         return copy
+    node.args = torch.fx.map_arg(node.args, lambda item: _ready(gm, item, position, before))
+    before.prepend(node)
     return node
 
 
@@ -129,7 +149,11 @@ def _replace(gm: GraphModule, group: list[Linear], position: dict[Node, int]) ->
         call.meta = {**group[0].base.meta, "example_value": [value(linear.result) for linear in group]}
         for i, linear in enumerate(group):
             item = gm.graph.call_function(operator.getitem, (call, i))
-            item.meta = {**linear.base.meta, "example_value": value(linear.result)}
+            dtype = match.dtype(linear.result)
+            item.meta = {**linear.base.meta, "example_value": value(linear.result).to(match.dtype(linear.base))}
+            if dtype != match.dtype(linear.base):
+                item = gm.graph.call_method("to", (item, dtype))
+                item.meta = {**linear.base.meta, "example_value": value(linear.result)}
             linear.result.replace_all_uses_with(item)
     for linear in group:
         if linear.result.target is operator.iadd:

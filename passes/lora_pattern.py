@@ -11,13 +11,15 @@ import operator
 import torch
 from torch.fx import GraphModule, Node
 
-from fastft import match
+from fastft import _torch, match
 from fastft.match import dropout_args, is_function, is_linear, linear_args, strip_casts, strip_views, value
 from fastft.result import Miss
 
 TENSOR_SCALING = "scaled by a tensor (DoRA)"
 NOT_ADDED = "low-rank product is not added to a linear of the same input"
 BASE_NOT_LINEAR = "base is not a plain linear"
+BASE_QUANTIZED = "base is a quantized tensor subclass"
+FEW_ROWS = "base is bitsandbytes' kernel for few rows"
 OTHER_INPUT = "base reads another input"
 OTHER_DTYPE = "result stays in the adapter's dtype"
 EMBEDDING = "adapter on an embedding"
@@ -40,12 +42,16 @@ class Adapter:
 
 @dataclasses.dataclass
 class Linear:
-    """A base linear with its adapters; `result` is the node that the op's output replaces."""
+    """A base linear with its adapters; `result` is the node that the op's output replaces.
+
+    cast: the dtype that the base's result was cast to before the sum (bitsandbytes' compute dtype is not x's); base's own elsewhere.
+    """
 
     base: Node
     x: Node
     adapters: list[Adapter]
     result: Node
+    cast: torch.dtype
 
 
 def _scalar(node: Node) -> tuple[Node, float] | None:
@@ -152,16 +158,20 @@ def _join(node: Node, adapter: Adapter, owner: dict[Node, Linear], segment: dict
         before.result = user
         return before
     base = strip_views(other)
+    if match.op_name(base) in ("bitsandbytes::gemm_4bit", "bitsandbytes::gemv_4bit"):
+        return Miss(FEW_ROWS, node)
     if not is_linear(base):
         return Miss(BASE_NOT_LINEAR, node)
     x, weight, _ = linear_args(base)
+    if _torch.is_quantized(value(weight)):
+        return Miss(BASE_QUANTIZED, node)
     if strip_views(x) is not strip_views(adapter.x):
         return Miss(OTHER_INPUT, node)
     if value(weight).shape[0] != value(adapter.b).shape[0] or value(weight).dim() != 2:
         return Miss(BASE_NOT_LINEAR, node)
     while value(x).dim() != value(user).dim() and _is_reshape(x):
         x = x.args[0]
-    return Linear(base, x, [adapter], user)
+    return Linear(base, x, [adapter], user, match.dtype(other))
 
 
 def _first(node: Node) -> Node:
@@ -180,7 +190,8 @@ def _is_reshape(node: Node) -> bool:
 def _finish(linear: Linear) -> str | None:
     """Takes the cast back to the base's dtype into the result; a reason where there is none."""
     result, dtype = linear.result, match.dtype(linear.base)
-    if match.dtype(result) != dtype:
+    kept = match.dtype(result) == linear.cast and all(_precision(adapter.anchor) <= _precision(linear.base) for adapter in linear.adapters)
+    if match.dtype(result) != dtype and not kept:
         users = list(result.users)
         if len(users) != 1 or not match.is_cast(users[0]) or match.dtype(users[0]) != dtype:
             return OTHER_DTYPE
@@ -188,6 +199,10 @@ def _finish(linear: Linear) -> str | None:
     if value(linear.result).shape[:-1] != value(linear.x).shape[:-1]:
         return OTHER_INPUT
     return None
+
+
+def _precision(node: Node) -> float:
+    return -torch.finfo(match.dtype(node)).eps
 
 
 def _embeddings(gm: GraphModule) -> list[Miss]:

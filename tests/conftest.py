@@ -5,6 +5,7 @@ canonical ops run eagerly, forward and backward, within milliseconds. The few te
 """
 
 import collections
+import copy
 import logging
 import pathlib
 import sys
@@ -25,7 +26,7 @@ import fastft  # noqa: E402
 from fastft import contract, match, passes  # noqa: E402
 from fastft.deferred import PLANS, defer  # noqa: E402
 from fastft.hooks import Partitioner, PassManager  # noqa: E402
-from fastft.kernels import lora_linear  # noqa: E402
+from fastft.kernels import dequantize, lora_linear  # noqa: E402
 from fastft.options import Options  # noqa: E402
 from fastft.report import Report  # noqa: E402
 from fastft.runner import run_passes  # noqa: E402
@@ -159,6 +160,41 @@ def tiny_lora(arch: str = "llama", *, layers: int = 1, dtype: torch.dtype = torc
     """A tiny model with LoRA, in training mode. The embedding is trained too: the first layer's input needs a gradient."""
     model = with_lora(tiny.tiny_model(arch, layers=layers, dtype=dtype, seq=16), **config).train()
     model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+def tiny_qlora(arch: str = "llama", *, layers: int = 1, dtype: torch.dtype = torch.float32, quant: dict[str, Any] | None = None, **config: Any) -> nn.Module:
+    """As `tiny_lora`, the base quantized by `tiny.quantize(**quant)`."""
+    base = tiny.quantize(tiny.tiny_model(arch, layers=layers, dtype=dtype, seq=16), **(quant or {}))
+    for module in base.modules():
+        module.support_avx512bf16_for_cpu = False  # an evaluation in training would put weights into another layout for good
+    model = with_lora(base, **config).train()
+    model.get_input_embeddings().requires_grad_(True)
+    return model
+
+
+class Dequantized(nn.Module):
+    """What bitsandbytes' Linear4bit computes, on a weight dequantized once: a model that can be widened to float64."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        state, nested = linear.weight.quant_state, linear.weight.quant_state.state2
+        statistics = (nested.absmax, state.absmax, nested.code, state.offset) if nested else (state.absmax, None, None, None)
+        made = dequantize.reference(linear.weight.data, *statistics, state.blocksize, state.quant_type, list(state.shape), linear.compute_dtype)
+        self.weight, self.bias = nn.Parameter(made, requires_grad=False), linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy with `Dequantized` linears; parameters keep their names."""
+    from bitsandbytes.nn import Linear4bit
+
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if type(module) is Linear4bit:
+            model.set_submodule(name, Dequantized(module))
     return model
 
 

@@ -9,9 +9,11 @@ from conftest import batch_for, tiny_lora
 from peft import LoraConfig
 from peft.tuners import lora
 from torch import nn
+from torch._functorch import config
 from torch._inductor.utils import run_and_get_code
 
 from fastft import hooks, saved
+from fastft.options import Options
 
 LAYERS = 2
 
@@ -46,6 +48,17 @@ def test_inputs_of_lora_are_made_again(monkeypatch):
     assert widths[config.intermediate_size] == 2 * LAYERS, "gate and up"
     # A layer: its input, q, attention's output and the residual after it. Beside: the loss's gradient, and what it normalises.
     assert widths[config.hidden_size] == 4 * LAYERS + 2
+
+
+def test_cuda_graphs_save_what_they_saved(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        hooks._torch, "min_cut_rematerialization_partition", lambda *_, **__: seen.append(config.ban_recompute_materialized_backward) or (None, None)
+    )
+    monkeypatch.setattr(hooks, "give_own_memory", lambda *_: None)
+    for options in (Options(), Options(inductor=(("triton.cudagraphs", True),))):
+        hooks.Partitioner(options)(torch.fx.symbolic_trace(nn.Identity()), (), num_fwd_outputs=1)
+    assert seen == [False, True]
 
 
 class Chain(nn.Module):

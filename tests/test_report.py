@@ -118,7 +118,8 @@ def test_explain_checks_options_and_prints_misses():
     text = str(fastft.explain(model, **batch_for(model)))
     assert "rewrite fastft::lora_linear <- model.layers.0.self_attn.q_proj" in text
     assert "miss    lora_linear: adapter on an embedding: model.embed_tokens" in text
-    assert not fastft.explain(model, **batch_for(model), options={"disable": ["lora_linear", "attention", "rope", "linear_cross_entropy"]}).graphs[0].rewrites
+    disabled = ["lora_linear", "attention", "rope", "rope_tables", "linear_cross_entropy"]
+    assert not fastft.explain(model, **batch_for(model), options={"disable": disabled}).graphs[0].rewrites
 
 
 def test_rewriting_32_layers_takes_less_than_a_second():

@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     add("--lora", nargs="?", const="linear", metavar="TARGETS", help="linear (the default), attention, all-linear, or module names")
     add("--rank", type=int, default=4)
     add("--dropout", type=float, default=0.0, help="LoRA dropout (default: %(default)s)")
-    add("--quant", choices=("nf4",), help="4-bit base linears through bitsandbytes, as QLoRA")
+    add("--quant", choices=("nf4", "fp4", "int8"), help="base linears quantized by bitsandbytes, as QLoRA")
     add("--attn", choices=("sdpa", "eager"), help="attention implementation (default: the type's own)")
     add("--layers", type=int, help="default: 2 with --arch, all with --model")
     add("--seq", type=int, default=64)
@@ -102,10 +102,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     if targets and targets not in ("linear", "attention", "all-linear"):
         targets = targets.split(",")
     if args.quant:
-        if targets:  # resolved on the plain linears
-            wrapped = tiny.add_lora(model, targets=targets)
-            targets, model = wrapped.targeted_module_names, wrapped.unload()
-        quantize(model)
+        tiny.quantize(model, args.quant)
     if targets:
         model = tiny.add_lora(model, r=args.rank, alpha=2 * args.rank, dropout=args.dropout, targets=targets)
     return model.train()
@@ -122,23 +119,6 @@ def load(path: str, dtype: torch.dtype | None, attention: str | None, layers: in
                 setattr(config, name, value[:layers])
         config.num_hidden_layers = layers
     return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype or "auto", attn_implementation=attention)
-
-
-def quantize(model: nn.Module) -> None:
-    """Replaces every nn.Linear but the output head by bitsandbytes' Linear4bit (nf4, nested statistics), as transformers does."""
-    import bitsandbytes as bnb
-
-    head = model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is not nn.Linear or module is head:
-            continue
-        weight = module.weight
-        new = bnb.nn.Linear4bit(module.in_features, module.out_features, module.bias is not None, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
-        new.weight = bnb.nn.Params4bit(weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=new)
-        new.bias = module.bias
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, new.to(weight.device))
-    model.is_loaded_in_4bit = True
 
 
 def inspect(model: nn.Module, batch: dict[str, torch.Tensor], args: argparse.Namespace) -> tuple[list[Report], list[str], dict, float]:

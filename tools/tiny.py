@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from tiny_quantize import quantize  # noqa: F401 - part of the recipe, in a file of its own
 from torch import nn
 
 if TYPE_CHECKING:
@@ -230,9 +231,11 @@ def _linears(model: nn.Module) -> list[str]:
     heads = set(head) if isinstance(head, nn.ModuleList) else {head}
     # nn.Linears that compute something else: routers that return tuples (Llama-4, Phi-MoE), block diagonals (DeepSeek-V4)
     plain = (nn.Linear.forward, Conv1D.forward)
-    linears = {
-        name for name, module in model.named_modules() if (type(module).forward in plain or type(module).__name__ == "FalconLinear") and module not in heads
-    }
+
+    def computes_a_linear(module: nn.Module) -> bool:
+        return type(module).forward in plain or type(module).__name__ in ("FalconLinear", "Linear4bit", "Linear8bitLt")
+
+    linears = {name for name, module in model.named_modules() if computes_a_linear(module) and module not in heads}
     return sorted(name for name in linears if allowed(name))
 
 

@@ -1,6 +1,6 @@
 """A second process compiles nothing: AOTAutograd's cache hits, the report is the same. Changed options and sources miss.
 
-Three Inductor compiles of a small model.
+Three Inductor compiles of a small model, and one of a quantized one: bitsandbytes' functions alone keep the cache from being used.
 """
 
 import json
@@ -40,17 +40,32 @@ class Block(nn.Module):
         return x.softmax(-1).square().sum()
 
 
+class Quantized(Block):
+    def __init__(self):
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        super().__init__()
+        self.base = nn.ModuleList(Linear4bit(64, 64, False, torch.float32, quant_type="nf4", device="meta") for _ in range(3))
+        for number, base in enumerate(self.base):
+            base.weight = Params4bit(getattr(self, f"W{number}").data, quant_type="nf4", module=base)
+            delattr(self, f"W{number}")
+        self.base.to("cpu")
+
+    def linear(self, number, x):
+        return self.base[number](x) + F.linear(F.linear(x, getattr(self, f"A{number}")), getattr(self, f"B{number}")) * 2
+
+
 def step(name, **options):
     torch.manual_seed(0)
     torch._dynamo.reset()
     fastft.reset()
     _torch.counters.clear()
-    model = Block()
+    model = Quantized() if name.startswith("quantized") else Block()
     loss = torch.compile(model, backend="fastft", options=options)(torch.randn(8, 64))
     loss.backward()
     (report,) = fastft.reports()
     cache = {key: _torch.counters["aot_autograd"][f"autograd_cache_{key}"] for key in ("hit", "miss", "bypass")}
-    gradient = sum(parameter.grad.abs().sum() for parameter in model.parameters())
+    gradient = sum(parameter.grad.abs().sum() for parameter in model.parameters() if parameter.requires_grad)
     found = {"cache": cache, "graph": report.to_dict(), "seconds": report.compile_seconds, "gradient": gradient.item()}
     print(json.dumps({name: found}))
 
@@ -67,7 +82,7 @@ def runs(tmp_path_factory):
     """What each compile found: `cold` in one process, the others after one another in a second one."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")), "OMP_NUM_THREADS": "1"}
     found = {}
-    for names in (["cold"], ["warm", "option", "source"]):
+    for names in (["cold", "quantized cold"], ["warm", "quantized warm", "option", "source"]):
         run = subprocess.run([sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, timeout=500, env=env)
         assert run.returncode == 0, run.stderr[-3000:]
         for line in run.stdout.splitlines():
@@ -75,15 +90,18 @@ def runs(tmp_path_factory):
     return found
 
 
-def test_second_process_hits(runs):
-    assert runs["cold"]["cache"] == {"hit": 0, "miss": 1, "bypass": 0}
-    assert runs["warm"]["cache"] == {"hit": 1, "miss": 0, "bypass": 0}
+@pytest.mark.parametrize("model", ["", "quantized "])
+def test_second_process_hits(model, runs):
+    assert runs[f"{model}cold"]["cache"] == {"hit": 0, "miss": 1, "bypass": 0}
+    assert runs[f"{model}warm"]["cache"] == {"hit": 1, "miss": 0, "bypass": 0}
 
 
-def test_report_is_the_same(runs):
-    assert runs["warm"]["graph"] == runs["cold"]["graph"]
-    assert len(runs["warm"]["graph"]["rewrites"]) == 3
-    assert runs["warm"]["gradient"] == runs["cold"]["gradient"]
+@pytest.mark.parametrize("model, passes", [("", ["lora_linear"] * 3), ("quantized ", ["quant_linear"] * 3 + ["lora_linear"] * 3)])
+def test_report_is_the_same(model, passes, runs):
+    cold, warm = runs[f"{model}cold"], runs[f"{model}warm"]
+    assert warm["graph"] == cold["graph"]
+    assert [row["pass"] for row in warm["graph"]["rewrites"]] == passes and not warm["graph"]["misses"]
+    assert warm["gradient"] == cold["gradient"]
 
 
 def test_warm_is_three_times_faster(runs):
