@@ -6,35 +6,36 @@
     python tools/bench.py --systems inductor,fastft --padding 0.3             # 30 % of the batch is padding, with an attention mask
     python tools/bench.py --systems inductor,fastft --documents packed        # documents packed into the rows, with position_ids
     python tools/bench.py --systems inductor,fastft --documents padded        # the same mix of documents, padded one to a row
+    python tools/bench.py --quant nf4 --systems inductor,unsloth,fastft       # QLoRA: every linear but lm_head in NF4
     python tools/bench.py --op lora_linear --hidden 2048 --profile            # one decoder layer, variants interleaved
     python tools/bench.py --op attention                                      # one attention beside the best kernel called by hand
+    python tools/bench.py --op linear_cross_entropy                           # lm_head and the loss beside bare GEMMs and peers
+    python tools/bench.py --op dequantize                                     # 4-bit weights beside bitsandbytes and a copy
     python tools/bench.py --tiny --systems eager,inductor                     # a smoke test, on a CPU in seconds
 
 A step is forward, backward, clip_grad_norm_, fused AdamW and zero_grad; nothing in it waits for the device. Weights are random, bf16, made on
-the device, and the same in every system (each parameter is drawn from the seed and its name), so the loss and the gradient norm of the first
-step must agree with the first system's to 1 %: the table says where they do not. Adapters are bf16 by default (`--adapter-dtype fp32` is peft's own
-default; Unsloth always keeps its adapters in fp32). Each system runs in its own process with
+the device, and the same in every system (each parameter is drawn from the seed and its name; `--quant` then quantizes it), so the loss and the
+gradient norm of the first step must agree with the first system's to 1 %: the table says where they do not. Adapters are bf16 by default
+(`--adapter-dtype fp32` is peft's own default; Unsloth always keeps its adapters in fp32). Each system runs in its own process with
 compile caches of its own, so the first step is a cold one; with `--rounds 2` the second round shows a warm one. "gemm probe" is one fixed
 8192x4096x14336 product before and after: where it drifts, the machine did. Peak memory is `max_memory_allocated` over the timed steps.
 tokens/s counts batch x seq whatever they hold; useful tokens/s (with `--padding` or `--documents`, see bench_batch.py) leaves padding out.
 
 fastft is found where it is installed. From a bare checkout it works too: `passes/` and `kernels/` are mapped to `fastft.passes` and
 `fastft.kernels` here as `pyproject.toml` maps them. On a lent machine run `eval "$(bash tools/device_setup.sh)"` first (see there). Unsloth wants versions
-of its own packages: put them into a folder and name it with `--unsloth-path`; only Unsloth's process sees it.
+of its own packages: put them into a folder and name it with `--unsloth-path`; only Unsloth's process sees it, and the last rows of `--op linear_cross_entropy`.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
+import importlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,15 +44,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from bench_batch import SHORTEST  # noqa: E402
 import bench_turns  # noqa: E402
+from bench_batch import SHORTEST  # noqa: E402
 from bench_models import PRESETS, SYSTEMS, tiny  # noqa: E402
 from bench_profile import print_profiles  # noqa: E402
-from bench_systems import source_hash, versions  # noqa: E402
+from bench_results import header, machine, out_path, write  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 COLUMNS = "system|ms/step|x inductor|tokens/s|peak GiB|weights|resident|first step s|loss|grad norm|attention|gemm probe ms|check".split("|")
+#: --op -> its module, with `bench(args, say, keep) -> {"rows": [...], ...}` and `table(result, gpu)`
+OPS = {"lora_linear": "bench_ops", "attention": "bench_attention", "linear_cross_entropy": "bench_loss", "dequantize": "bench_dequantize"}
 TOLERANCE = 0.01  # of the first step's loss and gradient norm against the reference system
 console = Console(width=None if sys.stdout.isatty() else 190)
 
@@ -71,21 +74,22 @@ def parse() -> argparse.Namespace:
     add("--alpha", type=int, default=32)
     add("--dropout", type=float, default=0.0, help="LoRA dropout")
     add("--adapter-dtype", choices=("bf16", "fp32"), default="bf16", help="fp32 is peft's own default; Unsloth ignores this")
+    add("--quant", choices=("nf4",), help="base linears in 4 bits, as transformers loads them with BitsAndBytesConfig: nested statistics, blocks of 64")
     add("--padding", type=float, metavar="FRACTION", help="rows of 0.4 to 1 of --seq, this share of the batch being padding on the right (0 to 0.6)")
     add("--documents", choices=("packed", "padded"), help="documents of mixed lengths: packed into full rows, or one to a row")
     add("--autocast", action="store_true", help="forward under torch.autocast(bf16), as Trainer(bf16=True) does")
     add("--checkpointing", action="store_true", help="recompute every layer (Unsloth: its own offloaded form)")
     add("--options", type=json.loads, metavar="JSON", help="options for fastft, e.g. '{\"pack_weights\": true}'")
     add("--profile", action="store_true", help="GPU time by kernel class (bench_profile.py says which)")
-    add("--unsloth-path", metavar="DIR", default=os.environ.get("FASTFT_UNSLOTH_PATH"), help="put first on Unsloth's PYTHONPATH")
+    add("--unsloth-path", metavar="DIR", default=os.environ.get("FASTFT_UNSLOTH_PATH"), help="put first on Unsloth's PYTHONPATH; has cut_cross_entropy too")
     add("--timeout", type=float, default=420, help="seconds for one system (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--overlap", action="store_true", help="compile all systems at once, time them in turn (bench_turns.py)")
     add("--tiny", action="store_true", help="tiny shapes: a smoke test")
     add("--out", type=Path, help="default: tools/results/<date>-<preset>.json")
-    add("--op", choices=("lora_linear", "attention"), help="one operation instead of a whole model")
-    add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear: Llama-8B's layer or Llama-1B's")
-    add("--tokens", type=int, default=8192, help="with --op lora_linear (default: %(default)s, in sequences of --seq or 2048)")
+    add("--op", choices=OPS, help="one operation instead of a whole model")
+    add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear or linear_cross_entropy: as in Llama-8B or Llama-1B")
+    add("--tokens", type=int, default=8192, help="with the same (default: %(default)s; lora_linear: in sequences of --seq or 2048)")
     args = parser.parse_args()
     unknown = [name for name in args.systems.split(",") if name not in SYSTEMS]
     if unknown:
@@ -112,15 +116,15 @@ def unavailable(system: str, args: argparse.Namespace, cuda: bool) -> str | None
     return None
 
 
-def run_system(system: str, args: argparse.Namespace, spec: dict[str, Any], scratch: Path) -> dict[str, Any]:
-    """One system in its own process, with its own compile caches and working directory."""
+def run_system(system: str, args: argparse.Namespace, spec: dict[str, Any], scratch: Path, turns: str) -> dict[str, Any]:
+    """One system in its own process, with its own compile caches and working directory; `turns` as bench_turns.VARIABLE has it."""
     folder = scratch / system
     folder.mkdir(exist_ok=True)
     env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     if not args.tiny:
         env["TORCHINDUCTOR_CACHE_DIR"], env["TRITON_CACHE_DIR"] = str(folder / "inductor"), str(folder / "triton")
     if args.overlap:
-        env.setdefault(bench_turns.VARIABLE, f"{scratch / 'turns'}:{len(args.systems.split(','))}")
+        env.setdefault(bench_turns.VARIABLE, turns)
     if system == "unsloth":
         env.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_COMPILE_LOCATION=str(folder / "compiled"))
         if args.unsloth_path:
@@ -131,10 +135,13 @@ def run_system(system: str, args: argparse.Namespace, spec: dict[str, Any], scra
     started, stopped = time.perf_counter(), None
     with log.open("w") as out:
         command = [sys.executable, str(HERE / "bench_systems.py"), str(spec_file), str(result_file)]
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT)
         try:
-            code = subprocess.run(command, env=env, cwd=folder, stdout=out, stderr=subprocess.STDOUT, timeout=args.timeout).returncode
+            code = process.wait(args.timeout)
         except subprocess.TimeoutExpired:
-            code, stopped = -1, f"stopped after {args.timeout:.0f} s"
+            process.kill()
+            code, stopped = process.wait(), f"stopped after {args.timeout:.0f} s"
+    bench_turns.ready(env.get(bench_turns.VARIABLE, ""), process.pid)  # it may have died before its turn
     if result_file.is_file():
         result = json.loads(result_file.read_text())
     else:
@@ -191,48 +198,14 @@ def main_table(rows: list[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def machine() -> dict[str, str]:
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        name, driver = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0].split(", ")
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        return {"gpu": "no GPU"}
-    return {"gpu": name, "driver": driver}
-
-
-def out_path(args: argparse.Namespace, what: str) -> Path:
-    if args.out:
-        return args.out
-    stem, folder = f"{datetime.date.today()}-{what}", HERE / "results"
-    free = (folder / f"{stem}{suffix}.json" for suffix in ("", *(f"-{n}" for n in range(2, 1000))))
-    return next(path for path in free if not path.exists())
-
-
-def header(args: argparse.Namespace, host: dict[str, str]) -> dict[str, Any]:
-    return {
-        "schema": 1,
-        "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
-        **host,
-        "versions": {"python": sys.version.split()[0], **versions()},
-        "fastft_sources": source_hash(),
-        "arguments": {key: value for key, value in vars(args).items() if key != "out"},
-    }
-
-
-def write(path: Path, document: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-
-
 def bench_models(args: argparse.Namespace) -> bool:
     preset = tiny(PRESETS[args.preset]) if args.tiny else PRESETS[args.preset]
     config = dict(preset.config, **({"num_hidden_layers": args.layers} if args.layers else {}))
     spec = {"arch": preset.arch, "config": config, "batch": args.batch or preset.batch, "seq": args.seq or preset.seq}
     spec |= {key: getattr(args, key) for key in ("steps", "warmup", "rank", "alpha", "dropout", "adapter_dtype", "checkpointing", "autocast")}
-    spec |= {key: getattr(args, key) for key in ("padding", "documents", "options", "seed", "profile", "tiny")}
+    spec |= {key: getattr(args, key) for key in ("quant", "padding", "documents", "options", "seed", "profile", "tiny")}
     host = machine()
-    what = ("tiny-" if args.tiny else "") + args.preset
+    what = "-".join(filter(None, [args.preset, args.quant]))
     batch = f"batch {spec['batch']} x {spec['seq']}"
     if args.documents or args.padding is not None:
         what += f"-{args.documents or 'padding'}"
@@ -244,12 +217,14 @@ def bench_models(args: argparse.Namespace) -> bool:
     title = f"{what}, {config['num_hidden_layers']} layers, {batch}, LoRA r={args.rank} {args.adapter_dtype}, {host['gpu']}"
     with tempfile.TemporaryDirectory(prefix="fastft-bench-", ignore_cleanup_errors=True) as scratch:
         systems = args.systems.split(",")
+        missing = {name: why for name in systems if (why := unavailable(name, args, host["gpu"] != "no GPU"))}
         for number in range(args.rounds):
             pool = ThreadPoolExecutor(len(systems) if args.overlap else 1)
-            ran = {name: pool.submit(run_system, name, args, spec, Path(scratch)) for name in systems if not unavailable(name, args, host["gpu"] != "no GPU")}
+            turns = f"{scratch}/turns-{number}:{len(systems) - len(missing)}"
+            ran = {name: pool.submit(run_system, name, args, spec, Path(scratch), turns) for name in systems if name not in missing}
             for system in systems:
                 row: dict[str, Any] = {"system": system, "round": number, "name": system + (f" #{number + 1}" if number else "")}
-                row |= ran[system].result() if system in ran else {"skipped": unavailable(system, args, host["gpu"] != "no GPU")}
+                row |= ran[system].result() if system in ran else {"skipped": missing[system]}
                 if "ms" in row:
                     row["flags"] = check(row, None if args.dropout else reference)
                     reference = reference or row
@@ -267,34 +242,22 @@ def bench_models(args: argparse.Namespace) -> bool:
 
 
 def bench_op(args: argparse.Namespace) -> bool:
-    from bench_attention import SIZES as attention_sizes
-    from bench_attention import attention_table, bench_attention
-    from bench_ops import bench_lora_linear, lora_linear_table
+    module, host = importlib.import_module(OPS[args.op]), machine()
+    path = out_path(args, f"op-{args.op}" + (f"-{args.hidden}" if args.op == "lora_linear" else ""))
+    head = header(args, host)
 
-    host, repeat = machine(), 4 * args.steps
-    say: Callable[[str], None] = lambda text: console.print(text, highlight=False, markup=False)  # noqa: E731
-    if args.op == "attention":
-        path, head = out_path(args, "op-attention"), header(args, host)
-        if args.overlap and not args.seq:
-            result = bench_turns.one_size_each(attention_sizes)
-        else:
-            sizes = [(args.batch or 1, args.seq)] if args.seq else None
-            result = bench_attention(sizes, repeat, args.warmup, args.seed, args.tiny, args.options, say, lambda result: write(path, head | result))
-        write(path, result | head)
-        console.print(attention_table(result, host["gpu"]))
-        rows = result["rows"]
-    else:
-        result = bench_lora_linear(
-            args.hidden, args.tokens, args.seq or 2048, repeat, args.warmup, args.rank, args.alpha, args.dropout, args.profile, args.tiny, args.options, say
-        )
-        path = out_path(args, f"{args.op}-{result['shape']['hidden']}")
-        write(path, header(args, host) | result)
-        if args.profile:
-            print_profiles(console, {name: row["profile"] for name, row in result["variants"].items() if "profile" in row}, top=25)
-        console.print(lora_linear_table(result, host["gpu"]))
-        rows = result["variants"].values()
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False)
+
+    try:
+        result = module.bench(args, say, lambda result: write(path, head | result))
+    finally:
+        bench_turns.ready()  # also where it failed: others may be waiting
+    write(path, head | result | head)
+    print_profiles(console, {row["variant"]: row["profile"] for row in result["rows"] if "profile" in row}, top=25)
+    console.print(module.table(result, host["gpu"]))
     console.print(f"written to {path}", highlight=False)
-    return all("error" not in row for row in rows)
+    return all("error" not in row for row in result["rows"])
 
 
 def main() -> int:

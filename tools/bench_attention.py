@@ -17,6 +17,7 @@ same for all variants, because what nothing reads need not be computed. Inductor
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -28,14 +29,13 @@ from bench_models import import_fastft
 from bench_ops import figures
 from bench_profile import attention_backend, profile
 from bench_systems import Clock, fastft_reports, gemm_probe
-from bench_turns import alone
+from bench_turns import alone, one_size_each
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
 SIZES = ((4, 2048), (1, 8192), (1, 32768))
 FEW = 12  # repetitions at 32768
-HEAD_START = 4_000_000  # cycles, about 2 ms: the device waits until the host has launched a step, so that only the device's time is measured
 COLUMNS = "case|tokens|variant|fwd ms|bwd ms|total ms|best by hand|ratio|peak MiB|max diff out|dq|dk|dv|grad norm|attention".split("|")
 
 
@@ -44,8 +44,7 @@ def step(kernel: Kernel, leaves: list[Tensor], upstream: Tensor, clock: Clock | 
     for leaf in leaves:
         leaf.grad = None
     if clock:
-        if clock.cuda:
-            torch.cuda._sleep(HEAD_START)
+        clock.head_start()
         clock.mark()
     out = kernel(*leaves)
     if clock:
@@ -122,46 +121,38 @@ def measure(
     yield list(rows.values())
 
 
-def bench_attention(
-    sizes: list[tuple[int, int]] | None,
-    repeat: int,
-    warmup: int,
-    seed: int,
-    small: bool,
-    options: dict[str, Any] | None,
-    say: Callable[[str], None],
-    keep: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
+def bench(args: argparse.Namespace, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """All cases of all sizes, compiled first and then timed; `keep` gets what there is after each case."""
+    if args.overlap and not args.seq:
+        return one_size_each(SIZES)
     import_fastft()
     torch._dynamo.config.recompile_limit = 64  # the cases share their code
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shapes = {"shape": dataclasses.asdict(Shape()), "shape_sinks": dataclasses.asdict(GPT_OSS)}
-    result: dict[str, Any] = {"op": "attention", **({} if small else shapes), "device": device, "gemm_probe_ms": [gemm_probe(device, small)], "rows": []}
-    places = [(2, 64)] if small else sizes or SIZES
-    cases = [case for batch, seq in places for case in make_cases(batch, seq, small, seed, device)]
-    running = [measure(case, repeat, warmup, seed, options, device, say) for case in cases]
+    result: dict[str, Any] = {"op": args.op, **({} if args.tiny else shapes), "device": device, "gemm_probe_ms": [gemm_probe(device, args.tiny)], "rows": []}
+    sizes = [(2, 64)] if args.tiny else [(args.batch or 1, args.seq)] if args.seq else SIZES
+    cases = [case for batch, seq in sizes for case in make_cases(batch, seq, args.tiny, args.seed, device)]
+    running = [measure(case, 4 * args.steps, args.warmup, args.seed, args.options, device, say) for case in cases]
     for case in running:
         next(case)
     with alone():
         for case in running:
             result["rows"] += next(case)
             keep(result)
-    result["gemm_probe_ms"].append(gemm_probe(device, small))
-    keep(result)
+    result["gemm_probe_ms"].append(gemm_probe(device, args.tiny))
     return result
 
 
-def attention_table(result: dict[str, Any], gpu: str) -> Table:
-    table = Table(title=f"attention, {gpu}", title_justify="left")
+def table(result: dict[str, Any], gpu: str) -> Table:
+    made = Table(title=f"attention, {gpu}", title_justify="left")
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("case", "variant", "best by hand", "attention") else "right")
+        made.add_column(column, justify="left" if column in ("case", "variant", "best by hand", "attention") else "right")
     for row in result["rows"]:
         numbers = [f"{row[key]:.3f}" if key in row else "" for key in ("forward_ms", "backward_ms", "ms")]
         best = f"{row['best_by_hand']} {row['best_by_hand_ms']:.3f}" if "best_by_hand" in row else ""
         more = ["ratio", "peak_mib", "difference_out", "difference_dq", "difference_dk", "difference_dv", "grad_norm"]
         last = escape(row.get("error", row.get("attention", ""))[:60])
-        table.add_row(
+        made.add_row(
             row["case"], f"{row['batch']}x{row['seq']}", row["variant"], *numbers, best, *(f"{row[key]:.4g}" if key in row else "" for key in more), last
         )
-    return table
+    return made

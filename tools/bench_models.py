@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
-import math
-import struct
 import sys
 import tempfile
 import zlib
@@ -77,6 +74,7 @@ class Spec:
     adapter_dtype: str = "bf16"
     checkpointing: bool = False
     autocast: bool = False
+    quant: str | None = None  # of the base linears: nf4
     padding: float | None = None
     documents: str | None = None
     options: dict[str, Any] | None = None
@@ -93,22 +91,39 @@ def canonical(name: str) -> str:
 
 
 def seed_parameters(model: Any, seed: int) -> None:
-    """Draw every parameter from the seed and its own name, on its own device, rounded to bf16 whatever its dtype."""
+    """Draw every parameter from the seed and its own name, on its own device, rounded to bf16 whatever its dtype, and quantized where it is."""
     import torch
 
     with torch.no_grad():
         for full, param in model.named_parameters():
             name = canonical(full)
             generator = torch.Generator(device=param.device).manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+            state = getattr(param, "quant_state", None)
+            shape = param.shape if state is None else state.shape
             std, mean = 0.02, 0.0
             if "lora_A" in name:
-                std = param.shape[-1] ** -0.5
+                std = shape[-1] ** -0.5
             elif "lora_B" in name:
                 std = 0.01
-            elif param.ndim == 1:
+            elif len(shape) == 1:
                 mean = 0.0 if name.endswith("bias") else 1.0
-            values = torch.empty(param.shape, device=param.device, dtype=torch.float32).normal_(mean, std, generator=generator)
-            param.copy_(values.to(torch.bfloat16))
+            values = torch.empty(shape, device=param.device, dtype=torch.float32).normal_(mean, std, generator=generator).to(torch.bfloat16)
+            if state is None:
+                param.copy_(values)
+            else:
+                _quantize_into(param, state, values)
+
+
+def _quantize_into(param: Any, state: Any, values: Any) -> None:
+    """In place, because a compiled call or another module may hold any of these tensors."""
+    from bitsandbytes.functional import quantize_4bit
+
+    packed, made = quantize_4bit(values, blocksize=state.blocksize, compress_statistics=state.nested, quant_type=state.quant_type, quant_storage=param.dtype)
+    param.data.copy_(packed.view(param.shape))
+    state.absmax.copy_(made.absmax)
+    if state.nested:
+        state.offset.copy_(made.offset)
+        state.state2.absmax.copy_(made.state2.absmax)
 
 
 def model_config(spec: Spec) -> Any:
@@ -122,10 +137,13 @@ def _peft_model(spec: Spec, device: str) -> Any:
     """transformers + peft with bf16 weights made on the device itself."""
     import torch
     from peft import LoraConfig, get_peft_model
+    from tiny import quantize
     from transformers import AutoModelForCausalLM
 
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(model_config(spec), dtype=torch.bfloat16, attn_implementation="sdpa")
+        if spec.quant:
+            quantize(model, spec.quant)
         lora = LoraConfig(r=spec.rank, lora_alpha=spec.alpha, lora_dropout=spec.dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
         model = get_peft_model(model, lora, autocast_adapter_dtype=False)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[spec.adapter_dtype]
@@ -165,17 +183,18 @@ def build_fastft(spec: Spec, device: str) -> tuple[Any, Any]:
 
 
 def build_unsloth(spec: Spec, device: str) -> tuple[Any, Any]:
-    """Unsloth loads from a folder: one with the right names and shapes and no bytes behind them, then the seeded weights."""
+    """Unsloth loads (and quantizes) from a folder: one with the right names and shapes and no bytes behind them, then the seeded weights."""
     from unsloth import FastLanguageModel  # isort: skip  # before transformers, or its patches come too late
     import torch
+    from bench_checkpoint import write_checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(spec, folder)
+        write_checkpoint(model_config(spec), folder)
         model, _ = FastLanguageModel.from_pretrained(
             folder,
             max_seq_length=spec.seq,
             dtype=torch.bfloat16,
-            load_in_4bit=False,
+            load_in_4bit=spec.quant == "nf4",  # with BitsAndBytesConfig's values that `quantize` has too
             use_gradient_checkpointing="unsloth" if spec.checkpointing else False,
             offload_embedding=False,
             local_files_only=True,
@@ -202,50 +221,6 @@ def _one_packed_row(model: Any, spec: Spec, device: str) -> Callable[..., Any]:
     lengths = sum(packed_documents(spec.batch, spec.seq, spec.seed), [])
     packed_seq_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)  # one object for all steps: Unsloth's cache goes by identity
     return lambda **batch: model(**{name: x.reshape(1, -1) for name, x in batch.items()}, packed_seq_lengths=packed_seq_lengths)
-
-
-def write_checkpoint(spec: Spec, folder: str) -> None:
-    """A model folder: config, a small tokenizer, and a sparse safetensors file whose zeros take no space on disk."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        meta = AutoModelForCausalLM.from_config(model_config(spec), dtype=torch.bfloat16)
-    names = [name for name, _ in meta.named_parameters()]  # a tied lm_head is not among them
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        shape = list(meta.get_parameter(name).shape)
-        end = offset + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(Path(folder, "model.safetensors"), "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + offset)
-    config = meta.config
-    config.architectures, config.dtype = [type(meta).__name__], torch.bfloat16
-    tokenizer = small_tokenizer()
-    config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def small_tokenizer() -> Any:
-    """A byte-level BPE tokenizer trained on the text that Python's own help ships."""
-    from pydoc_data.topics import topics
-
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<unk>", "<s>", "</s>", "<pad>"]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
-    tokenizer.train_from_iterator(topics.values(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="right")
 
 
 def import_fastft() -> Any:

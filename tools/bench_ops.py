@@ -6,6 +6,7 @@ Attention is called as the model calls it for a batch without padding (no mask, 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import statistics
 from collections.abc import Callable
@@ -84,28 +85,15 @@ def _gradients(variant: Variant, x: Any) -> dict[str, Any]:
     return {"input": x.grad.detach().clone(), **{name: p.grad.detach().clone() for name, p in variant.trained.items() if p.grad is not None}}
 
 
-def bench_lora_linear(
-    hidden: int,
-    tokens: int,
-    seq: int,
-    repeat: int,
-    warmup: int,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    profiled: bool,
-    small: bool,
-    options: dict[str, Any] | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+def bench(args: argparse.Namespace, say: Callable[[str], None], keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Time every variant; a variant that fails is an error string, the others go on."""
     import torch
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    preset = PRESETS["llama1b" if hidden == 2048 else "llama8b"]
-    if small:
+    preset, seq, tokens = PRESETS["llama1b" if args.hidden == 2048 else "llama8b"], args.seq or 2048, args.tokens
+    if args.tiny:
         preset, seq, tokens = tiny(preset), 32, 64
     config = LlamaConfig(**preset.config, max_position_embeddings=max(8192, seq))
     config._attn_implementation = "sdpa"
@@ -120,9 +108,9 @@ def bench_lora_linear(
     with torch.device(device):
         cos_sin = LlamaRotaryEmbedding(config)(x.detach(), position_ids)
     kwargs = {"attention_mask": None, "position_ids": position_ids, "position_embeddings": cos_sin}
-    probe = [gemm_probe(device, small)]
+    probe = [gemm_probe(device, args.tiny)]
 
-    layers = {adapters: _layer(config, adapters, rank, alpha, dropout, device) for adapters in (False, True)}
+    layers = {adapters: _layer(config, adapters, args.rank, args.alpha, args.dropout, device) for adapters in (False, True)}
     for layer in layers.values():
         seed_parameters(layer, 0)
     rows: dict[str, dict[str, Any]] = {}
@@ -130,33 +118,34 @@ def bench_lora_linear(
     gradients: dict[str, dict[str, Any]] = {}
     for name, (adapters, backend, extra) in VARIANTS.items():
         say(f"compiling {name}")
+        rows[name] = {"variant": name}
         try:
             if backend == "fastft":
                 import_fastft()
-            merged = {**(options or {}), **(extra or {})} if backend == "fastft" else None
+            merged = {**(args.options or {}), **(extra or {})} if backend == "fastft" else None
             variant = Variant(copy.deepcopy(layers[adapters]), adapters, backend, merged or None, kwargs)
-            for _ in range(warmup):
+            for _ in range(args.warmup):
                 variant.step(x, upstream)
             gradients[name] = _gradients(variant, x)
-            variants[name], rows[name] = variant, {}
+            variants[name] = variant
         except Exception as error:  # an unfinished backend must not take the others' figures away
-            rows[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
-    for _ in range(repeat):
+            rows[name]["error"] = f"{type(error).__name__}: {error}"[:500]
+    for _ in range(4 * args.steps):
         for variant in variants.values():
             variant.step(x, upstream, Clock(device))
-    probe.append(gemm_probe(device, small))
+    probe.append(gemm_probe(device, args.tiny))
 
     reference = gradients.get("lora_eager", {})
     for name, variant in variants.items():
         own = gradients[name]
-        rows[name] = figures(variant.clocks)
+        rows[name] |= figures(variant.clocks)
         rows[name]["input_grad_norm"] = _norm(own["input"])
         rows[name]["adapter_grad_norm"] = sum(_norm(g) ** 2 for key, g in own.items() if key != "input") ** 0.5
-        if variant.trained and reference and not dropout:
+        if variant.trained and reference and not args.dropout:
             rows[name]["worst_gradient_difference"] = max(
                 _norm(own[key].double() - g.double()) / max(_norm(g), 1e-30) if key in own else float("inf") for key, g in reference.items()
             )
-        if profiled and device == "cuda":
+        if args.profile and device == "cuda":
             from bench_profile import profile
 
             rows[name]["profile"] = profile(lambda v=variant: v.step(x, upstream))
@@ -166,20 +155,20 @@ def bench_lora_linear(
             row["ratio"] = row["ms"] / base
     return {
         "op": "lora_linear",
-        "shape": {"hidden": config.hidden_size, "tokens": tokens, "seq": seq, "rank": rank, "dropout": dropout},
+        "shape": {"hidden": config.hidden_size, "tokens": tokens, "seq": seq, "rank": args.rank, "dropout": args.dropout},
         "device": device,
         "gemm_probe_ms": probe,
-        "variants": rows,
+        "rows": list(rows.values()),
     }
 
 
-def lora_linear_table(result: dict[str, Any], gpu: str) -> Table:
+def table(result: dict[str, Any], gpu: str) -> Table:
     columns = ("ms", "ratio", "forward_ms", "backward_ms", "best_ms", "input_grad_norm", "adapter_grad_norm", "worst_gradient_difference")
     shape = ", ".join(f"{key} {value}" for key, value in result["shape"].items())
     probe = " → ".join(f"{ms:.3f}" for ms in result["gemm_probe_ms"])
-    table = Table(title=f"lora_linear: one Llama decoder layer, {shape}, {gpu}, gemm probe {probe} ms", title_justify="left")
+    made = Table(title=f"lora_linear: one Llama decoder layer, {shape}, {gpu}, gemm probe {probe} ms", title_justify="left")
     for column in ("variant", *columns):
-        table.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
-    for name, row in result["variants"].items():
-        table.add_row(name, *(f"{row[column]:.4g}" if column in row else row.get("error", "")[:60] * (column == "ms") for column in columns))
-    return table
+        made.add_column(column.replace("_", " "), justify="left" if column == "variant" else "right")
+    for row in result["rows"]:
+        made.add_row(row["variant"], *(f"{row[column]:.4g}" if column in row else row.get("error", "")[:60] * (column == "ms") for column in columns))
+    return made

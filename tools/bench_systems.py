@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from bench_batch import make_batch
+from bench_models import BUILDERS, ROOT, TARGETS, Spec, canonical, seed_parameters
 from bench_turns import alone, ready
-from bench_models import BUILDERS, ROOT, Spec, canonical, seed_parameters
 
 GiB = 2.0**30
+HEAD_START = 4_000_000  # cycles, about 2 ms: more than the host takes to launch one operation, forward and backward
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger_kernel", "unsloth", "unsloth_zoo", "bitsandbytes", "fastft")
 
 
@@ -67,6 +68,13 @@ class Clock:
         self.cuda = device == "cuda"
         self.marks: list[Any] = []
 
+    def head_start(self) -> None:
+        """The device waits until the host has launched what follows, so that only the device's time is measured."""
+        import torch
+
+        if self.cuda:
+            torch.cuda._sleep(HEAD_START)
+
     def mark(self) -> None:
         import torch
 
@@ -106,6 +114,9 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
     result: dict[str, Any] = {"gemm_probe_ms": [gemm_probe(device, spec.tiny)]}
     torch.manual_seed(spec.seed)
     call, model = BUILDERS[spec.system](spec, device)
+    quantized = sum(getattr(p, "quant_state", None) is not None for p in model.parameters())
+    if quantized != (len(TARGETS) * spec.config["num_hidden_layers"] if spec.quant else 0):  # Unsloth drops a quantization that it cannot use
+        raise ValueError(f"{quantized} linears are quantized")
     seed_parameters(model, spec.seed)
     model.train()
     params = {canonical(name): p for name, p in model.named_parameters() if p.requires_grad}
@@ -143,7 +154,10 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
         step()
     result["resident_gib"] = allocated(device)
     result["peak_warmup_gib"] = allocated(device, peak=True)
+    if device == "cuda":
+        torch.cuda.empty_cache()  # systems that are built at the same time need the room while this one waits
     with alone():
+        step()  # allocates again
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -21,16 +21,16 @@ from typing import Any
 VARIABLE = "FASTFT_BENCH_TURNS"  # FOLDER:PROCESSES, the same for all; set by bench.py, or by hand for several bench.py at once
 
 
-def _turns() -> tuple[Path, int] | None:
-    folder, _, processes = os.environ.get(VARIABLE, "").rpartition(":")
+def _turns(value: str | None = None) -> tuple[Path, int] | None:
+    folder, _, processes = (os.environ.get(VARIABLE, "") if value is None else value).rpartition(":")
     return (Path(folder), int(processes)) if folder else None
 
 
-def ready() -> None:
-    """This process keeps no other one waiting any longer."""
-    if turns := _turns():
+def ready(value: str | None = None, pid: int | None = None) -> None:
+    """This process, or another one whose VARIABLE had `value`, keeps no other one waiting any longer."""
+    if turns := _turns(value):
         turns[0].mkdir(parents=True, exist_ok=True)
-        (turns[0] / f"ready-{os.getpid()}").touch()
+        (turns[0] / f"ready-{pid or os.getpid()}").touch()
 
 
 @contextlib.contextmanager

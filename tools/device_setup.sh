@@ -7,7 +7,8 @@
 # Run from the repository's root; `.whl/` (name it in the call's `carry`) holds wheels, `.whl/unsloth/` Unsloth's set.
 #   .whl/*.whl          -> $SITE     (/tmp/site), on everyone's PYTHONPATH
 #   fastft, as it is    -> $SITE     built from a copy of this checkout, so nothing stale is left behind here
-#   .whl/unsloth/*.whl  -> $UNSLOTH  (/tmp/unsloth), on the PYTHONPATH of Unsloth's own process only (bench.py sees to it)
+#   .whl/unsloth/*.whl  -> $UNSLOTH  (/tmp/unsloth), on the PYTHONPATH of Unsloth's own process only (bench.py sees to it);
+#                                        --op linear_cross_entropy puts it last on its path, for unsloth_zoo and cut_cross_entropy
 # Standard output holds only the exports; everything else goes to standard error. Run again after a change: it replaces.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

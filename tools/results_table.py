@@ -5,8 +5,8 @@
     python tools/results_table.py --write    # put them between the markers in README.md
     python tools/results_table.py --check    # exit status 1 where README.md is out of date
 
-One table for each setup (model, batch, adapters, recomputation, fastft's options, GPU), from the newest file that measured it. Smoke tests (--tiny),
-runs without a GPU, single operations (--op) and other JSON files are left out. A system measured in several rounds stands
+One table for each setup (model, batch, quantization, adapters, recomputation, fastft's options, GPU), from the newest file that measured it.
+Smoke tests (--tiny), runs without a GPU, single operations (--op) and other JSON files are left out. A system measured in several rounds stands
 there with the median of its rounds and the first step of its first round, the cold one.
 """
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 EMPTY = "No measurements yet."
 #: what of `spec` makes a setup
-SETUP = ("arch", "config", "batch", "seq", "rank", "alpha", "dropout", "adapter_dtype", "autocast", "checkpointing", "options", "padding", "documents")
+SETUP = "arch|config|batch|seq|quant|rank|alpha|dropout|adapter_dtype|autocast|checkpointing|options|padding|documents".split("|")
 
 
 def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -72,7 +72,7 @@ def heading(document: dict[str, Any]) -> str:
         f"**{document['arguments']['preset']}**",
         f"{spec['config']['num_hidden_layers']} layers",
         f"batch {spec['batch']} x {spec['seq']}{batch_form(spec)}",
-        f"LoRA r={spec['rank']} ({spec['adapter_dtype']}{dropout})",
+        f"LoRA r={spec['rank']} ({spec['adapter_dtype']}{dropout})" + (f" on {spec['quant'].upper()}" if spec.get("quant") else ""),
         "every layer recomputed" if spec["checkpointing"] else "nothing recomputed",
     ]
     if spec.get("autocast"):
