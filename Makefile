@@ -5,6 +5,8 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.stamp
 
 DEMO_ARGS   ?=
+# nf4 or fp4: the demo on a quantized base
+QUANT       ?=
 PYTEST_ARGS ?= -n 2
 
 # Two pytest workers on two cores: OpenMP threads that wait must not spin (a training step took 0.47 s instead of 3.5 s).
@@ -29,7 +31,7 @@ $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) examples/demo.py $(DEMO_ARGS)
+	$(PY) examples/demo.py $(if $(QUANT),--quant $(QUANT)) $(DEMO_ARGS)
 
 test: $(STAMP)
 	$(PY) -m pytest $(PYTEST_ARGS)

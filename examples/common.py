@@ -64,6 +64,18 @@ def batches(rows: torch.Tensor, size: int, steps: int, seed: int = 0) -> Iterato
         order = order[size:]
 
 
+def load_4bit(path: str, kind: str, dtype: torch.dtype, device: torch.device):
+    """A saved model whose linears are quantized while it is read: "nf4" or "fp4", nested statistics, computed in `dtype`."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config, device_map={"": device})
+    for module in model.modules():
+        # With AVX512-BF16, bitsandbytes 0.50 turns weights at the first evaluation into a layout for CPUs that has no backward.
+        module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def small_llama(tokenizer, hidden: int = 256, layers: int = 4, seed: int = 0):
     """A randomly initialised Llama with grouped-query attention and tied embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -4,6 +4,7 @@
    through the backend: full training, no adapters.
 2. From the result, LoRA adapters are trained on the other fifth, once in eager mode and once through the backend:
    the same start, the same batches, each in a process of its own so that neither sees the other's memory.
+   With --quant (`make demo QUANT=nf4`) the linears of the base are in 4 bits.
 
 Written to --out: loss.png, summary.json, the base model, the tokenizer and the trained adapter.
 """
@@ -26,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
-from common import batches, blocks, quiet, small_llama, topics, train_tokenizer  # noqa: E402
+from common import batches, blocks, load_4bit, quiet, small_llama, topics, train_tokenizer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -46,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="LoRA steps (pre-training takes four times as many)")
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument("--backend", default="fastft", help="any torch.compile backend, to compare")
+    parser.add_argument("--quant", choices=["nf4", "fp4"], help="fine-tune on a base whose linears bitsandbytes has quantized (QLoRA)")
     parser.add_argument("--tiny", action="store_true", help="a few steps of a very small model")
     parser.add_argument("--worker", choices=["eager", "compiled"], help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -141,7 +143,10 @@ def finetune(args) -> dict:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(args.out / "base", dtype=dtype()).to(DEVICE)
+    if args.quant:
+        model = load_4bit(args.out / "base", args.quant, dtype(), DEVICE)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(args.out / "base", dtype=dtype()).to(DEVICE)
     torch.manual_seed(2)  # the adapters' initial weights
     model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     tokenizer = AutoTokenizer.from_pretrained(args.out / "base")
@@ -204,7 +209,8 @@ def leaves(paths: list[str]) -> str:
 
 def show(args, pretraining: dict, runs: list[dict], seconds: float) -> None:
     eager, fast = runs
-    table = Table(title="LoRA fine-tuning, same start and same batches", title_justify="left")
+    base = f" on a base in {args.quant}" if args.quant else ""
+    table = Table(title=f"LoRA fine-tuning{base}, same start and same batches", title_justify="left")
     for column in ("", "first step, s", "ms/step (median)", "tokens/s", "peak, GiB", "last loss"):
         table.add_column(column, justify="right" if column else "left")
     for run in runs:
