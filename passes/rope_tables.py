@@ -5,9 +5,10 @@
 
 Inductor takes a cosine for cheap and repeats it, with the cast and the product that makes the angle, for every entry of every
 query and key. H200, Llama-8B, 4 x 2048: the kernels that rotate q take 4.1 ms forward and 6.0 ms backward of a step of 481; their
-floor is 1.0 and 1.0.
+floor is 1.0 and 1.0. All element-wise kernels of the step together: 42.7 ms without, 32.2 with the pass.
 
-Taken: cos and sin without a gradient, followed by casts and products with numbers, that several operations read.
+Taken: cos and sin without a gradient, followed by casts and products with numbers, that several operations read. Not run under CUDA
+graphs (`runner.NOT_UNDER_CUDA_GRAPHS`).
 """
 
 import operator
