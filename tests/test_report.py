@@ -1,6 +1,5 @@
 """Reports, `fastft.explain` and `tools/inspect_graph.py`: the JSON contract, module paths, and nothing else touched."""
 
-import gc
 import json
 import subprocess
 import sys
@@ -124,12 +123,9 @@ def test_explain_checks_options_and_prints_misses():
 
 
 def test_rewriting_32_layers_takes_less_than_a_second():
-    """0.25 s on an idle core; the better of two, for a machine that does something else at the moment."""
+    """0.25 s on an idle core; the best of three, for a machine that does something else at the moment."""
     model = tiny.add_lora(tiny.tiny_model("llama", layers=32, seq=8)).train()
-    gc.collect()
-    gc.freeze()  # what the tests before left in this process is not searched for garbage: 1.4 s after 900 tests
-    graphs = [fastft.explain(model, **batch_for(model, batch=1, seq=8)).graphs[0] for _ in range(2)]
-    gc.unfreeze()
+    graphs = [fastft.explain(model, **batch_for(model, batch=1, seq=8)).graphs[0] for _ in range(3)]
     assert sum(len(row.fqn) for row in graphs[0].rewrites if row.pass_name == "lora_linear") == 7 * 32
     assert sum(row.pass_name == "attention" for row in graphs[0].rewrites) == 32
     assert min(graph.rewrite_seconds for graph in graphs) < 1.0
