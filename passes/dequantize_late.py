@@ -19,18 +19,17 @@ from fastft.kernels.dequantize_after import dequantize_after
 def dequantize_late(graph: Graph) -> int:
     moved = 0
     for node in [node for node in graph.nodes if node.target is dequantize_4bit]:
-        position = {item: i for i, item in enumerate(graph.nodes)}
         forms, readers = _readers(node)
         if not readers:
             continue
-        gemm = min(readers, key=position.get)
+        gemm = min(readers)  # nodes compare by their place in the graph
         others = [item for item in gemm.all_input_nodes if item not in forms and item.op == "call_function" and isinstance(item.meta.get("val"), torch.Tensor)]
         if not others:
             continue
-        for item in sorted(forms, key=position.get):
-            if position[item] < position[gemm]:
+        for item in sorted(forms):
+            if item < gemm:
                 gemm.prepend(item)
-        node.target, node.args = dequantize_after, (*node.args, max(others, key=position.get))
+        node.target, node.args = dequantize_after, (*node.args, max(others))
         moved += 1
     return moved
 
