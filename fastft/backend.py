@@ -19,7 +19,7 @@ from fastft.hooks import Partitioner, PassManager
 from fastft.kept import Recipe, keep_dequantized, with_kept
 from fastft.options import Options
 from fastft.packing import pack_weights
-from fastft.runner import copy_graph, run_passes, set_strict_kernels, warn_dropped
+from fastft.runner import Snapshot, run_passes, set_strict_kernels, warn_dropped
 
 
 def fastft(
@@ -45,12 +45,12 @@ def fastft(
     if checked.strict:
         set_strict_kernels()
     start = time.perf_counter()
-    original = copy_graph(gm)
+    original = Snapshot(gm)
     without: list[str] = []
     dropped: list[tuple[str, str]] = []
     while True:
         row = report.Report(dropped=list(dropped))
-        rewritten = run_passes(gm, passes.STAGE_1, checked, row, without)
+        rewritten = run_passes(original, passes.STAGE_1, checked, row, without)
         if checked.pack_weights:
             pack_weights(rewritten, example_inputs, row)
         try:
@@ -68,7 +68,7 @@ def fastft(
                 raise
             without.append(applied[-1])
             dropped.append((applied[-1], warn_dropped(f"rewrite {applied[-1]}", error)))
-            gm = copy_graph(original)
+            original.restore()
     row.compile_seconds = time.perf_counter() - start
     report.record(row)
     return compiled

@@ -57,6 +57,7 @@ class Report:
         nodes_before, nodes_after: nodes of the graph and its subgraphs.
         rewrites, misses: what the passes did and what they left, in graph order.
         passes: every pass with its seconds and its change in operation counts.
+        rewrite_seconds: the graph passes, with keeping the graph for the case that one fails and with the new code.
         compile_seconds: the whole backend call: rewriting, AOTAutograd and Inductor.
         dropped: rewrites taken back because a pass, a lowering or a kernel raised: `(name, error)`.
         logits: "deferred", "materialized: why" where they must not be, or None where no logits of this graph could be.
@@ -68,15 +69,11 @@ class Report:
     rewrites: list[Rewrite] = dataclasses.field(default_factory=list)
     misses: list[MissRow] = dataclasses.field(default_factory=list)
     passes: list[PassRun] = dataclasses.field(default_factory=list)
+    rewrite_seconds: float = 0.0
     compile_seconds: float = 0.0
     dropped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     logits: str | None = None
     memory_plan: dict[str, Any] | None = None
-
-    @property
-    def rewrite_seconds(self) -> float:
-        """Seconds spent in fastft's own graph passes."""
-        return sum(run.seconds for run in self.passes)
 
     def to_dict(self) -> dict[str, Any]:
         """The graph entry of the JSON contract that `tools/inspect_graph.py --json` prints."""

@@ -29,7 +29,7 @@ from fastft.hooks import Partitioner, PassManager  # noqa: E402
 from fastft.kernels import dequantize, lora_linear  # noqa: E402
 from fastft.options import Options  # noqa: E402
 from fastft.report import Report  # noqa: E402
-from fastft.runner import run_passes  # noqa: E402
+from fastft.runner import Snapshot, run_passes  # noqa: E402
 
 
 class Rewriter:
@@ -48,7 +48,7 @@ class Rewriter:
 
     def __call__(self, gm: torch.fx.GraphModule, example_inputs: list) -> Callable:
         report = Report()
-        gm = run_passes(gm, self.passes, self.options, report)
+        gm = run_passes(Snapshot(gm), self.passes, self.options, report)
         self.reports.append(report)
         self.graphs.append(gm)
         return defer(gm.forward, gm.meta.get(PLANS, []))

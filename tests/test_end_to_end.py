@@ -35,7 +35,7 @@ def test_training_follows_eager():
     assert found[-1] < 0.7 * found[0]
     (report,) = fastft.reports()
     assert sum(len(row.fqn) for row in report.rewrites if row.pass_name == "lora_linear") == 14 and not report.misses and not report.dropped
-    assert report.compile_seconds > report.rewrite_seconds > 0
+    assert report.compile_seconds > report.rewrite_seconds > sum(run.seconds for run in report.passes) > 0
 
 
 def test_fp32_adapters_on_a_bf16_base_keep_the_contract():

@@ -38,13 +38,12 @@ def test_to_dict():
         nodes_after=2,
         rewrites=[report.Rewrite("lora_linear", "fastft::lora_linear", "accumulate+mm", ["a", "b"], "file.py:1")],
         misses=[report.MissRow("lora_linear", "why", ["c"], "file.py:2")],
-        passes=[report.PassRun("normalize", 0.25, {}), report.PassRun("lora_linear", 0.5, {"add": -1})],
         dropped=[("lora_linear", "RuntimeError: boom")],
     )
     graph = row.to_dict()
     assert_graph(graph)
     assert graph["misses"][1] == {"pass": "lora_linear", "reason": "dropped: RuntimeError: boom", "fqn": [], "source": ""}
-    assert graph["memory_plan"] is None and row.rewrite_seconds == 0.75
+    assert graph["memory_plan"] is None
 
 
 def test_reset_forgets_and_reports_is_a_copy():
@@ -122,13 +121,29 @@ def test_explain_checks_options_and_prints_misses():
     assert not fastft.explain(model, **batch_for(model), options={"disable": disabled}).graphs[0].rewrites
 
 
+REWRITE_32_LAYERS = """
+import json, sys
+sys.path[0] = sys.argv[1]
+import fastft, tiny
+model = tiny.add_lora(tiny.tiny_model("llama", layers=32, seq=8)).train()
+graphs = [fastft.explain(model, **tiny.tiny_batch(model.config, batch=1, seq=8)).graphs[0] for _ in range(3)]
+print(json.dumps({"seconds": [graph.rewrite_seconds for graph in graphs], "graph": graphs[0].to_dict()}))
+"""
+
+
 def test_rewriting_32_layers_takes_less_than_a_second():
-    """0.25 s on an idle core; the best of three, for a machine that does something else at the moment."""
-    model = tiny.add_lora(tiny.tiny_model("llama", layers=32, seq=8)).train()
-    graphs = [fastft.explain(model, **batch_for(model, batch=1, seq=8)).graphs[0] for _ in range(3)]
-    assert sum(len(row.fqn) for row in graphs[0].rewrites if row.pass_name == "lora_linear") == 7 * 32
-    assert sum(row.pass_name == "attention" for row in graphs[0].rewrites) == 32
-    assert min(graph.rewrite_seconds for graph in graphs) < 1.0
+    """0.3 s on an idle core; the best of three, for a machine that does something else at the moment.
+
+    In a process of its own, as in training: between the million objects that other tests have left, every access to a node is a
+    cache miss, and the same work takes three times as long.
+    """
+    run = subprocess.run([sys.executable, "-c", REWRITE_32_LAYERS, ROOT / "tools"], capture_output=True, text=True, timeout=300, cwd="/")
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout)
+    rewrites = found["graph"]["rewrites"]
+    assert sum(len(row["fqn"]) for row in rewrites if row["pass"] == "lora_linear") == 7 * 32
+    assert sum(row["pass"] == "attention" for row in rewrites) == 32
+    assert min(found["seconds"]) < 1.0
 
 
 def assert_document(document):
