@@ -5,6 +5,7 @@ Passes know nothing of this. Contracts: docs/design.md, "Never worse" and "Repor
 
 import collections
 import copy
+import operator
 import time
 import warnings
 from collections.abc import Callable, Collection
@@ -86,7 +87,9 @@ class Snapshot:
         start = time.perf_counter()
         self.gm = gm
         self._graph, self._meta = copy.deepcopy(gm.graph), _copy_lists(gm.meta)
-        self._bodies = {name: Snapshot(child) for name, child in gm.named_children() if isinstance(child, GraphModule)}
+        names = {node.target for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
+        self._attributes = {name: operator.attrgetter(name)(gm) for name in names}
+        self._bodies = {name: Snapshot(value) for name, value in self._attributes.items() if isinstance(value, GraphModule)}
         self.seconds = time.perf_counter() - start
 
     def restore(self) -> GraphModule:
@@ -94,10 +97,9 @@ class Snapshot:
 
         The module given at first stays what it is: Dynamo looks at its placeholders, which carry more than a copy does.
         """
-        self.gm = GraphModule(self.gm, copy.deepcopy(self._graph))
+        bodies = {name: body.restore() for name, body in self._bodies.items()}
+        self.gm = GraphModule(self._attributes | bodies, copy.deepcopy(self._graph))
         self.gm.meta = _copy_lists(self._meta)
-        for name, body in self._bodies.items():
-            setattr(self.gm, name, body.restore())
         return self.gm
 
 

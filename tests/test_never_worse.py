@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from conftest import lower
+from conftest import batch_for, dequantized, lower, tiny_qlora
 from torch import nn
 from torch.nn import functional as F
 
@@ -111,6 +111,17 @@ def test_failing_lowering(part, settings, monkeypatch):
         report = train()
     assert_dropped(report, "lora_linear")
     assert report.rewrites == [] and len(settings) == 2
+
+
+def test_failing_lowering_of_a_quantized_base(settings, monkeypatch, recwarn):
+    """quant_linear has by then removed the bodies of bitsandbytes' autograd functions from the graph module."""
+    model = tiny_qlora()
+    monkeypatch.setattr(kernels.lora_linear, "accumulate_mm", boom)
+    compiled = torch.compile(model, backend="fastft")
+    contract.assert_contract(dequantized(model), compiled, batch_for(model))
+    (report,) = fastft.reports()
+    assert {name for name, _ in report.dropped} >= {"lora_linear"}
+    assert [warning for warning in recwarn if "fastft: rewrite lora_linear failed and was dropped" in str(warning.message)]
 
 
 def half_lowered(graph):
