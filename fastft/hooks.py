@@ -18,7 +18,7 @@ import fastft.kernels
 import fastft.passes
 from fastft import _torch
 from fastft.kernels.dequantize import dequantize_4bit
-from fastft.kernels.lora_linear import RECOMPUTE
+from fastft.kernels.lora_adapters import RECOMPUTE
 from fastft.options import Options
 from fastft.report import Report
 from fastft.runner import warn_dropped

@@ -35,7 +35,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastft.kernels import cross_entropy
 from fastft.kernels.accumulate import LIBRARY
-from fastft.kernels.lora_linear import RECOMPUTE
+from fastft.kernels.lora_adapters import RECOMPUTE
 from fastft.kernels.valid_rows import TAGS, rows_on_host, valid_rows
 
 # Bytes of logits that exist at once: 4096 rows of 128k in 16 bits. Both GEMMs of 8192 rows take 23.2 ms at once and 24.2 in two chunks (H200); all of the

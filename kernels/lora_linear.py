@@ -18,16 +18,14 @@ Arithmetic runs in the dtype of the base linear (x's, or autocast's); adapters k
 their gradients come back in float32. float32 bases stay float32.
 """
 
-import dataclasses
-import itertools
 import math
 
 import torch
 from torch import Tensor
 
-from fastft.kernels import dropout as masks
 from fastft.kernels import lora_grads, low_rank, low_rank_dropout
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
+from fastft.kernels.lora_adapters import Spec, b_of, bias_of, columns, dropped, low_rank_input, mask_arguments, split, stack
 from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
 from fastft.kernels.packed import PAD
 from fastft.kernels.packed import op as packed_linears
@@ -35,30 +33,10 @@ from fastft.kernels.packed import op as packed_linears
 # Rows of x from which the kernels are used (see `choose`).
 MIN_ROWS = 4096
 
-# Key of `node.meta["custom"]` that fastft's partitioner turns into MUST_RECOMPUTE.
-RECOMPUTE = "fastft_recompute"
-
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_biases, "
     "int[] owner, float[] scaling, float[] dropout, Tensor? seeds, str forward, str backward) -> Tensor[]"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Spec:
-    """What of a call is not a tensor. `owner[j]` is the linear that adapter j belongs to (ascending)."""
-
-    linears: int
-    ranks: tuple[int, ...]
-    owner: tuple[int, ...]
-    scaling: tuple[float, ...]
-    dropout: tuple[float, ...]
-    forward: str
-    backward: str
-    dtype: torch.dtype
-
-    def owned(self, linear: int) -> list[int]:
-        return [j for j, owner in enumerate(self.owner) if owner == linear]
 
 
 def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, dropout, seeds, forward, backward) -> list[Tensor]:
@@ -89,41 +67,6 @@ LIBRARY.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")
 op = torch.ops.fastft.lora_linear.default
 
 
-def _split(spec: Spec, tensors) -> list[tuple]:
-    """weights, biases, lora_a, lora_b, lora_biases"""
-    sizes = (spec.linears, spec.linears, *[len(spec.ranks)] * 3)
-    ends = list(itertools.accumulate(sizes))
-    return [tuple(tensors[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-
-
-def _columns(spec: Spec) -> list[tuple[int, int]]:
-    """Where each linear's adapters stand among the columns of s."""
-    ends = list(itertools.accumulate(spec.ranks))
-    starts = [0, *ends[:-1]]
-    return [(starts[owned[0]], ends[owned[-1]]) for owned in map(spec.owned, range(spec.linears))]
-
-
-def _recomputed():
-    """Nodes traced in here are made again in the backward instead of saved: cheap, and Inductor fuses them.
-
-    PyTorch's partitioner saves what a GEMM of the backward reads. For the cast and stacked adapters that is 41 MB a step of
-    a 16-layer Llama-8B, for dropped inputs as much as all inputs of the linears together (docs/notes.md).
-    """
-    return torch.fx.traceback.annotate({RECOMPUTE: True})
-
-
-def _b(spec: Spec, lora_b, linear: int) -> Tensor:
-    """[N, sum r]: the linear's B matrices side by side, in the dtype of the arithmetic."""
-    with _recomputed():
-        parts = [lora_b[j].to(spec.dtype) for j in spec.owned(linear)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-
-
-def _dropped(spec: Spec, seeds: Tensor, x: Tensor, adapter: int) -> Tensor:
-    with _recomputed():
-        return masks.dropped(x, seeds, adapter, spec.dropout[adapter])
-
-
 def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b in `dtype`: straight from the float32 accumulator where the device can."""
     if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
@@ -134,16 +77,16 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: Spec, seeds, x, *tensors):
-        weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
+        weights, biases, lora_a, lora_b, lora_biases = split(spec, tensors)
         ctx.x_dtype = x.dtype
         x = x.to(spec.dtype)
         if spec.forward == "k_extended":
             x, s, outputs = _k_extended(spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases)
         else:
-            s = _low_rank_input(spec, seeds, x, lora_a)
+            s = low_rank_input(spec, seeds, x, lora_a)
             outputs = []
-            for i, (start, end) in enumerate(_columns(spec)):
-                b, bias = _b(spec, lora_b, i).t(), _bias(spec, biases, lora_biases, i)
+            for i, (start, end) in enumerate(columns(spec)):
+                b, bias = b_of(spec, lora_b, i).t(), bias_of(spec, biases, lora_biases, i)
                 s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
                 if spec.forward == "plain":
                     y = x @ w + s_i @ b
@@ -164,34 +107,6 @@ class _LoraLinear(torch.autograd.Function):
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
 
 
-def _mask_arguments(spec: Spec, seeds, x: Tensor) -> tuple | None:
-    """What `dropped_mm` and `dropped_grad` take beside the factors, None where plain products serve."""
-    if spec.backward != "one_read" or not low_rank_dropout.serves(x, spec.ranks):
-        return None
-    with _recomputed():
-        return seeds, masks.columns(x.shape[1], x.device), spec.ranks, spec.dropout
-
-
-def _low_rank_input(spec: Spec, seeds, x: Tensor, lora_a) -> Tensor:
-    """s = x [A_0; A_1; ...]^T, [M, sum r]; with dropout each adapter sees its own x."""
-    if not any(spec.dropout):
-        return x @ _stack(spec, lora_a).t()
-    if arguments := _mask_arguments(spec, seeds, x):
-        return low_rank_dropout.dropped_mm(x, _stack(spec, lora_a), *arguments).sum(0).to(spec.dtype)
-    parts = [_dropped(spec, seeds, x, j) @ _a(spec, lora_a, j).t() for j in range(len(spec.ranks))]
-    return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-
-def _bias(spec: Spec, biases, lora_biases, linear: int) -> Tensor | None:
-    """The base bias and the scaled biases of the linear's adapters in one."""
-    total = None if biases[linear] is None else biases[linear].to(spec.dtype)
-    for j in spec.owned(linear):
-        if lora_biases[j] is not None:
-            more = (lora_biases[j] * spec.scaling[j]).to(spec.dtype)
-            total = more if total is None else total + more
-    return total
-
-
 def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases):
     """`(x, s, outputs)` by the K-extended GEMMs; x comes back as a view of its padded buffer."""
     k = x.shape[1]
@@ -199,43 +114,27 @@ def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_bias
     extended = torch.cat([x, x.new_zeros((x.shape[0], PAD))], 1)
     x = extended[:, :k]
     if any(spec.dropout):
-        s = _low_rank_input(spec, seeds, x, lora_a)
+        s = low_rank_input(spec, seeds, x, lora_a)
         low_rank = torch.nn.functional.pad(s, (0, PAD - s.shape[1]))
     else:
-        low_rank = _stack(spec, lora_a, PAD)
-    tails = [torch.nn.functional.pad(_b(spec, lora_b, i), (start, PAD - end)) for i, (start, end) in enumerate(_columns(spec))]
-    total = [_bias(spec, biases, lora_biases, i) for i in range(spec.linears)]
+        low_rank = stack(spec, lora_a, PAD)
+    tails = [torch.nn.functional.pad(b_of(spec, lora_b, i), (start, PAD - end)) for i, (start, end) in enumerate(columns(spec))]
+    total = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
     s, *outputs = packed_linears(extended, low_rank, any(spec.dropout), list(weights), tails, total)
     return x, s[:, : sum(spec.ranks)], outputs
 
 
-def _a(spec: Spec, lora_a, adapter: int) -> Tensor:
-    """[r, K]: an A matrix times its scaling, in the dtype of the arithmetic."""
-    with _recomputed():
-        return (lora_a[adapter] * spec.scaling[adapter]).to(spec.dtype)
-
-
-def _stack(spec: Spec, lora_a, rows: int = 0) -> Tensor:
-    """[sum r, K]: the scaled A matrices one below the other, with rows of zeros up to `rows`."""
-    with _recomputed():
-        parts = [_a(spec, lora_a, j) for j in range(len(spec.ranks))]
-        missing = rows - sum(spec.ranks)
-        if missing > 0:
-            parts.append(parts[0].new_zeros((missing, parts[0].shape[1])))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _backward(spec: Spec, needs, saved, dy):
     x, s, seeds, *tensors = saved
-    weights, biases, lora_a, lora_b, lora_biases = _split(spec, tensors)
-    needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], _split(spec, needs[1:])
+    weights, biases, lora_a, lora_b, lora_biases = split(spec, tensors)
+    needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], split(spec, needs[1:])
     d_weights, d_biases = [None] * spec.linears, [None] * spec.linears
     d_a, d_b, d_lora_biases = ([None] * len(spec.ranks) for _ in range(3))
     ds = [None] * len(spec.ranks)
     wide = torch.promote_types(spec.dtype, torch.float32)
-    for i, (start, end) in enumerate(_columns(spec)):
+    for i, (start, end) in enumerate(columns(spec)):
         owned = spec.owned(i)
-        b = _b(spec, lora_b, i)
+        b = b_of(spec, lora_b, i)
         ranks = [spec.ranks[j] for j in owned]
         if spec.backward == "one_read" and any(need_b[j] for j in owned):
             ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], b)
@@ -260,15 +159,15 @@ def _backward(spec: Spec, needs, saved, dy):
     if any(need_a):
         if not any(spec.dropout):
             parts = _mm(ds_all.t(), x, wide).split(spec.ranks)
-        elif arguments := _mask_arguments(spec, seeds, x):
+        elif arguments := mask_arguments(spec, seeds, x):
             parts = low_rank_dropout.dropped_grad(ds_all, x, *arguments).sum(0).split(spec.ranks)
         else:
-            parts = [_mm(ds[j].t(), _dropped(spec, seeds, x, j), wide) if need_a[j] else None for j in range(len(spec.ranks))]
+            parts = [_mm(ds[j].t(), dropped(spec, seeds, x, j), wide) if need_a[j] else None for j in range(len(spec.ranks))]
         for j, part in enumerate(parts):
             d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
     dx = None
     if needs_x:
-        stacked = _stack(spec, lora_a)
+        stacked = stack(spec, lora_a)
         if any(spec.dropout):
             dx = low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)
         else:
