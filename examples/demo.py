@@ -47,6 +47,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="LoRA steps (pre-training takes four times as many)")
     parser.add_argument("--out", type=Path, default=Path("demo_output"))
     parser.add_argument("--backend", default="fastft", help="any torch.compile backend, to compare")
+    parser.add_argument("--options", type=json.loads, metavar="JSON", help='options of the backend for the fine-tuning, e.g. \'{"base_compute": "fp8"}\'')
     parser.add_argument("--quant", choices=["nf4", "fp4"], help="fine-tune on a base whose linears bitsandbytes has quantized (QLoRA)")
     parser.add_argument("--tiny", action="store_true", help="a few steps of a very small model")
     parser.add_argument("--worker", choices=["eager", "compiled"], help=argparse.SUPPRESS)
@@ -152,7 +153,7 @@ def finetune(args) -> dict:
     tokenizer = AutoTokenizer.from_pretrained(args.out / "base")
     rows = torch.load(args.out / "held_back.pt")
     name = "eager" if args.worker == "eager" else args.backend
-    call = model if args.worker == "eager" else torch.compile(model, backend=args.backend)
+    call = model if args.worker == "eager" else torch.compile(model, backend=args.backend, options=args.options)
     before = sample(model, tokenizer, rows)
     stop = len(json.loads((args.out / "eager.json").read_text())["losses"]) if args.worker == "compiled" else None
     result = train(call, model, rows, args.size, args.size["steps"], f"LoRA fine-tuning, {name}", seed=3, stop=stop)
@@ -225,7 +226,10 @@ def show(args, pretraining: dict, runs: list[dict], seconds: float) -> None:
     console.print(table)
     console.print(MEMORY[DEVICE.type], style="dim", highlight=False)
     difference = max(abs(a - b) for a, b in zip(eager["losses"], fast["losses"], strict=True))
-    console.print(f"Largest difference of the two loss curves: {difference:.2e}. Tokens/s: {fast['tokens_per_s'] / eager['tokens_per_s']:.2f} x eager.")
+    relative = max(abs(a - b) / a for a, b in zip(eager["losses"], fast["losses"], strict=True))
+    console.print(
+        f"Largest difference of the two loss curves: {difference:.2e} ({relative:.2%}). Tokens/s: {fast['tokens_per_s'] / eager['tokens_per_s']:.2f} x eager."
+    )
     console.print(
         f"Pre-training through {args.backend}: loss {pretraining['losses'][0]:.2f} -> {pretraining['losses'][-1]:.2f}, {pretraining['tokens_per_s']:,.0f} tokens/s\n"
     )
@@ -246,7 +250,14 @@ def show(args, pretraining: dict, runs: list[dict], seconds: float) -> None:
         console.print(text, markup=False, highlight=False)
     console.rule()
     summary = dict(
-        device=str(DEVICE), torch=torch.__version__, size=args.size, max_loss_difference=difference, pretraining=pretraining, runs=runs, seconds=seconds
+        device=str(DEVICE),
+        torch=torch.__version__,
+        size=args.size,
+        max_loss_difference=difference,
+        max_relative_loss_difference=relative,
+        pretraining=pretraining,
+        runs=runs,
+        seconds=seconds,
     )
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1))
     plot(runs, args.out / "loss.png", f"LoRA fine-tuning on {DEVICE.type}")

@@ -7,6 +7,7 @@
 | `logits` | str | `"deferred"` | logits that only the loss reads are computed when something else reads them; `"materialize"`: in every forward |
 | `pack_weights` | bool | `False` | frozen 16-bit base weights move into padded storage whose tail columns hold the adapters |
 | `keep_dequantized` | bool | `False` | quantized weights are dequantized once and kept, 16 bits each: no dequantization in the steps |
+| `base_compute` | str | `"base"` | the dtype of products with frozen weights: the base's own, or `"fp8"` (e4m3, row-wise scales; changes numerics) |
 | `inductor` | dict | `{}` | Inductor configuration, as `options` of `backend="inductor"` |
 """
 
@@ -26,6 +27,10 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     return ValueError(f"fastft: unknown {kind} {name!r}{hint} Known: {', '.join(known)}")
 
 
+# What options of strings take, the default first.
+CHOICES = {"logits": ("deferred", "materialize"), "base_compute": ("base", "fp8")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """The checked options of one `torch.compile` call. See the table in this module's docstring."""
@@ -35,6 +40,7 @@ class Options:
     logits: str = "deferred"
     pack_weights: bool = False
     keep_dequantized: bool = False
+    base_compute: str = "base"
     inductor: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
@@ -56,9 +62,13 @@ class Options:
         for name in disable:
             if name not in passes:
                 raise unknown("pass", name, passes)
-        logits = values.pop("logits", "deferred")
-        if logits not in ("deferred", "materialize"):
-            raise ValueError(f"fastft: option 'logits' takes 'deferred' or 'materialize', not {logits!r}")
+        chosen = {}
+        for name, known in CHOICES.items():
+            chosen[name] = values.pop(name, known[0])
+            if chosen[name] not in known:
+                raise ValueError(f"fastft: option {name!r} takes {' or '.join(map(repr, known))}, not {chosen[name]!r}")
+        if chosen["base_compute"] == "fp8" and values.get("pack_weights"):
+            raise ValueError("fastft: option 'pack_weights' is for products in 16 bits: leave it out with 'base_compute': 'fp8'")
         inductor = values.pop("inductor", {})
         if not isinstance(inductor, Mapping):
             raise ValueError(f"fastft: option 'inductor' takes a dict of Inductor settings, not {inductor!r}")
@@ -74,7 +84,7 @@ class Options:
             if name.replace("-", "_") not in known:
                 raise unknown("Inductor setting", name, known)
         settings = {name.replace("-", "_"): value for name, value in settings.items()}
-        return cls(disable=tuple(sorted(disable)), logits=logits, inductor=tuple(sorted(settings.items())), **values)
+        return cls(disable=tuple(sorted(disable)), inductor=tuple(sorted(settings.items())), **chosen, **values)
 
     def why_materialized(self) -> str | None:
         """Why logits must not be deferred; None where they may be."""

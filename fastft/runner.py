@@ -119,6 +119,8 @@ def run_passes(original: Snapshot, passes: list[Callable], options: Options, rep
     """
     start = time.perf_counter()
     skipped = {*options.disable, *without, *(NOT_UNDER_CUDA_GRAPHS if options.cuda_graphs else ())}
+    if options.base_compute != "fp8":
+        skipped.add("fp8_compute")
     why = options.why_materialized()
     report.nodes_before = node_count(original.gm)
     while True:

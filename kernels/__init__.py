@@ -5,6 +5,7 @@ from fastft.kernels import (
     attention,
     dequantize,
     dequantize_after,
+    fp8_linear,
     linear_cross_entropy,
     lora_grads,
     lora_linear,
@@ -13,6 +14,7 @@ from fastft.kernels import (
     mask,
     materialize,
     packed,
+    quantize_fp8,
     valid_rows,
 )
 
@@ -21,6 +23,7 @@ __all__ = [
     "attention",
     "dequantize",
     "dequantize_after",
+    "fp8_linear",
     "linear_cross_entropy",
     "lora_grads",
     "lora_linear",
@@ -29,5 +32,6 @@ __all__ = [
     "mask",
     "materialize",
     "packed",
+    "quantize_fp8",
     "valid_rows",
 ]

@@ -23,7 +23,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastft.kernels import lora_grads, low_rank, low_rank_dropout
+from fastft.kernels import fp8_linear, lora_grads, low_rank, low_rank_dropout
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
 from fastft.kernels.lora_adapters import Spec, b_of, bias_of, columns, dropped, low_rank_input, mask_arguments, split, stack
 from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
@@ -48,7 +48,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
         seeds: int32 [ceil(adapters / 2), ...] where a dropout is not 0, else None.
         forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams),
-            "k_extended" (packed weights) or "plain" (products and sums, which Inductor fuses into what reads them; in the backward too). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
+            "k_extended" (packed weights), "fp8" (base products in fp8, kernels/fp8_linear.py) or "plain" (products and sums, which Inductor fuses into what reads them; in the backward too). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
@@ -78,10 +78,16 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: Spec, seeds, x, *tensors):
         weights, biases, lora_a, lora_b, lora_biases = split(spec, tensors)
-        ctx.x_dtype = x.dtype
+        ctx.x_dtype, scales = x.dtype, []
         x = x.to(spec.dtype)
         if spec.forward == "k_extended":
             x, s, outputs = _k_extended(spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases)
+        elif spec.forward == "fp8":
+            s = low_rank_input(spec, seeds, x, lora_a)
+            totals = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
+            bases, scales = fp8_linear.products(x, weights, totals)
+            parts = [(s[:, start:end], b_of(spec, lora_b, i).t()) for i, (start, end) in enumerate(columns(spec))]
+            outputs = [accumulate_mm(y, *part) for y, part in zip(bases, parts, strict=True)]
         else:
             s = low_rank_input(spec, seeds, x, lora_a)
             outputs = []
@@ -96,7 +102,7 @@ class _LoraLinear(torch.autograd.Function):
                 else:
                     outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
         ctx.spec = spec
-        ctx.save_for_backward(x, s, seeds, *tensors)
+        ctx.save_for_backward(x, s, seeds, *tensors, *scales)
         return tuple(outputs)
 
     @staticmethod
@@ -166,7 +172,13 @@ def _backward(spec: Spec, needs, saved, dy):
         for j, part in enumerate(parts):
             d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
     dx = None
-    if needs_x:
+    if needs_x and spec.forward == "fp8":
+        dx, stacked = fp8_linear.gradient(dy, weights, saved[-spec.linears :]), stack(spec, lora_a)
+        if any(spec.dropout):
+            dx = dx + low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)
+        else:
+            dx = accumulate_mm(dx, ds_all, stacked)
+    elif needs_x:
         stacked = stack(spec, lora_a)
         if any(spec.dropout):
             dx = low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)

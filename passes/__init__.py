@@ -7,6 +7,7 @@ from fastft.passes.accumulate_inplace import accumulate_inplace
 from fastft.passes.attention import attention
 from fastft.passes.dequantize_late import dequantize_late
 from fastft.passes.documents import documents
+from fastft.passes.fp8_compute import fp8_compute
 from fastft.passes.linear_cross_entropy import linear_cross_entropy
 from fastft.passes.lora_linear import lora_linear
 from fastft.passes.normalize import normalize
@@ -25,6 +26,7 @@ STAGE_1 = [
     unread_queries,  # padded queries that no loss reads are left out of fastft::attention
     lora_linear,  # sibling linears with adapters -> fastft::lora_linear
     linear_cross_entropy,  # lm_head and its loss -> fastft::linear_cross_entropy, logits made when they are read
+    fp8_compute,  # with options={"base_compute": "fp8"}: frozen linears -> fastft::fp8_linear, also those of fastft::lora_linear
 ]
 
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):

@@ -22,6 +22,7 @@ _FRESH = {
     aten.addmm.default,
     aten.mm.dtype,
     aten.add.Tensor,
+    aten._scaled_mm.default,
     aten.where.self,
     aten.mul.Tensor,
     accumulate_mm,

@@ -11,6 +11,7 @@
     python tools/bench.py --op attention                                      # one attention beside the best kernel called by hand
     python tools/bench.py --op linear_cross_entropy                           # lm_head and the loss beside bare GEMMs and peers
     python tools/bench.py --op dequantize                                     # 4-bit weights beside bitsandbytes and a copy
+    python tools/bench.py --systems fastft,fastft-fp8                         # options={"base_compute": "fp8"} beside the same in 16 bits
     python tools/bench.py --tiny --systems eager,inductor                     # a smoke test, on a CPU in seconds
 
 A step is forward, backward, clip_grad_norm_, fused AdamW and zero_grad; nothing in it waits for the device. Weights are random, bf16, made on
@@ -46,7 +47,7 @@ sys.path.insert(0, str(HERE))
 
 import bench_turns  # noqa: E402
 from bench_batch import SHORTEST  # noqa: E402
-from bench_models import PRESETS, SYSTEMS, tiny  # noqa: E402
+from bench_models import OPTIONAL, PRESETS, SYSTEMS, tiny  # noqa: E402
 from bench_profile import print_profiles  # noqa: E402
 from bench_results import header, machine, out_path, write  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -91,9 +92,9 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear or linear_cross_entropy: as in Llama-8B or Llama-1B")
     add("--tokens", type=int, default=8192, help="with the same (default: %(default)s; lora_linear: in sequences of --seq or 2048)")
     args = parser.parse_args()
-    unknown = [name for name in args.systems.split(",") if name not in SYSTEMS]
+    unknown = [name for name in args.systems.split(",") if name not in SYSTEMS + OPTIONAL]
     if unknown:
-        parser.error(f"unknown systems {unknown}: choose from {', '.join(SYSTEMS)}")
+        parser.error(f"unknown systems {unknown}: choose from {', '.join(SYSTEMS + OPTIONAL)}")
     if args.padding is not None and args.documents:
         parser.error("--padding and --documents exclude each other")
     if not 0 <= (args.padding or 0) <= 1 - SHORTEST:
@@ -111,7 +112,7 @@ def unavailable(system: str, args: argparse.Namespace, cuda: bool) -> str | None
         if find_spec("liger_kernel") is None:
             return "not installed"
         return None if cuda else "needs a GPU"
-    if system == "fastft" and find_spec("fastft") is None and not Path(HERE.parent, "fastft", "__init__.py").is_file():
+    if system.startswith("fastft") and find_spec("fastft") is None and not Path(HERE.parent, "fastft", "__init__.py").is_file():
         return "not installed"
     return None
 

@@ -17,6 +17,7 @@ from typing import Any
 from bench_batch import packed_documents
 
 SYSTEMS = ("eager", "inductor", "liger", "unsloth", "fastft")
+OPTIONAL = ("fastft-fp8",)  # only where it is named: it changes numerics
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -182,6 +183,10 @@ def build_fastft(spec: Spec, device: str) -> tuple[Any, Any]:
     return torch.compile(model, backend="fastft", options=spec.options), model
 
 
+def build_fastft_fp8(spec: Spec, device: str) -> tuple[Any, Any]:
+    return build_fastft(dataclasses.replace(spec, options={**(spec.options or {}), "base_compute": "fp8"}), device)
+
+
 def build_unsloth(spec: Spec, device: str) -> tuple[Any, Any]:
     """Unsloth loads (and quantizes) from a folder: one with the right names and shapes and no bytes behind them, then the seeded weights."""
     from unsloth import FastLanguageModel  # isort: skip  # before transformers, or its patches come too late
@@ -258,4 +263,5 @@ BUILDERS: dict[str, Callable[[Spec, str], tuple[Any, Any]]] = {
     "liger": build_liger,
     "unsloth": build_unsloth,
     "fastft": build_fastft,
+    "fastft-fp8": build_fastft_fp8,
 }

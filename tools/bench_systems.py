@@ -177,7 +177,7 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
         result["loss_last"], result["grad_norm_last"] = float(losses[-1]), float(norms[-1])
         result["dynamo"] = dynamo_counters()
         result["versions"] = versions()
-        if spec.system == "fastft":
+        if spec.system.startswith("fastft"):
             result["fastft"] = fastft_reports()
         if device == "cuda":
             from bench_profile import attention_backend, attention_by_hand, profile
