@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from fastft import match
 from fastft.deferred import LOGITS, PLANS
@@ -86,21 +86,27 @@ class Snapshot:
     def __init__(self, gm: GraphModule) -> None:
         start = time.perf_counter()
         self.gm = gm
-        self._graph, self._meta = copy.deepcopy(gm.graph), _copy_lists(gm.meta)
+        self._graph, self._meta = _copy(gm.graph), _copy_lists(gm.meta)
         names = {node.target for node in gm.graph.nodes if node.op in ("get_attr", "call_module")}
         self._attributes = {name: operator.attrgetter(name)(gm) for name in names}
         self._bodies = {name: Snapshot(value) for name, value in self._attributes.items() if isinstance(value, GraphModule)}
         self.seconds = time.perf_counter() - start
 
     def restore(self) -> GraphModule:
-        """Another module with the kept graphs; parameters, other meta values and attributes are shared.
-
-        The module given at first stays what it is: Dynamo looks at its placeholders, which carry more than a copy does.
-        """
+        """Another module with the kept graphs; parameters, other meta values and attributes are shared."""
         bodies = {name: body.restore() for name, body in self._bodies.items()}
-        self.gm = GraphModule(self._attributes | bodies, copy.deepcopy(self._graph))
+        self.gm = GraphModule(self._attributes | bodies, _copy(self._graph))
         self.gm.meta = _copy_lists(self._meta)
         return self.gm
+
+
+def _copy(graph: Graph) -> Graph:
+    """With what Dynamo notes about its inputs beside `meta`: it looks there after the compile, and passes do before."""
+    twin = copy.deepcopy(graph)
+    for node, copied in zip(graph.nodes, twin.nodes, strict=True):
+        if hasattr(node, "_dynamo_source"):
+            copied._dynamo_source = node._dynamo_source
+    return twin
 
 
 def _copy_lists(meta: dict) -> dict:

@@ -7,6 +7,7 @@ from fastft.passes.accumulate_inplace import accumulate_inplace
 from fastft.passes.attention import attention
 from fastft.passes.dequantize_late import dequantize_late
 from fastft.passes.documents import documents
+from fastft.passes.float_attributes import float_attributes
 from fastft.passes.fp8_compute import fp8_compute
 from fastft.passes.linear_cross_entropy import linear_cross_entropy
 from fastft.passes.lora_linear import lora_linear
@@ -17,6 +18,7 @@ from fastft.passes.rope_tables import rope_tables
 from fastft.passes.unread_queries import unread_queries
 
 STAGE_1 = [
+    float_attributes,  # with dynamic=True: numbers that modules hold are constants again
     normalize,  # one spelling for each operation
     quant_linear,  # bitsandbytes' 4-bit linears -> linears on fastft::dequantize_4bit
     rope,  # finds rotary embeddings, for the report; Inductor's kernels for them stay
