@@ -32,7 +32,7 @@ class Plan:
     output: position in the graph's output tuple, where the pass has put `held` (the hidden state) in place of the logits.
     recipe: `recipe(held, *(args[i] for i in inputs))` gives the logits, in plain operations that autograd follows.
         It ends in `detach` where the model's logits have no gradient although what they are made of has.
-    inputs: positions among the graph's inputs (its placeholders) of what else the recipe reads: weights, biases, adapters.
+    inputs: positions among the graph's inputs (its placeholders) of what else the recipe reads: weights (as they are packed), biases, adapters.
     vocabulary: size of the logits' last dimension; the others are held's. dtype: of the logits.
     """
 

@@ -1,10 +1,14 @@
-"""Logits that a graph returns beside the loss made of them: a recipe that makes them of the hidden state when somebody reads them (fastft/deferred.py)."""
+"""Logits that a graph returns beside the loss made of them: a recipe that makes them of the hidden state when somebody reads them (fastft/deferred.py).
+
+Of a head in 4 bits the recipe reads the packed weight and its statistics, and dequantizes each time it runs.
+"""
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fastft import match
 from fastft.deferred import LOGITS, PLANS, Plan
+from fastft.kernels.dequantize import dequantize_4bit
 from fastft.match import value
 from fastft.passes.cross_entropy_head import Chain, Head, tensor_of, walk
 from fastft.passes.labels import are_written, writes
@@ -61,10 +65,12 @@ def _plan(gm: GraphModule, index: int, chain: Chain) -> Plan | str:
     if chain.moves() or value(item).shape[:-1] != value(head.x).shape[:-1]:
         return MOVED
     given = [head.weight, head.bias, *(tensor for *tensors, _ in head.adapters for tensor in tensors)]
+    made: set[Node] = {head.first}
     sources: set[Node] = set()
-    if not all(node is None or _collect(node, sources) for node in given):
+    if not all(node is None or _collect(node, made, sources) for node in given):
         return MORE
-    if are_written({head.x, *sources}, writes(head.first, output_of(gm))):
+    output = output_of(gm)
+    if are_written({head.x}, writes(head.first, output)) or are_written(sources, writes(min(made), output)):  # nodes compare by their place in the graph
         return WRITTEN
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
     inputs = [node for node in placeholders if node in sources]
@@ -72,13 +78,15 @@ def _plan(gm: GraphModule, index: int, chain: Chain) -> Plan | str:
     return Plan(index, GraphModule(torch.nn.Module(), graph), tuple(map(placeholders.index, inputs)), head.vocabulary, match.dtype(item))
 
 
-def _collect(node: Node, sources: set[Node]) -> bool:
-    """Adds the graph's inputs that `node` is a cast, transpose or detached alias of; False where it is more than that."""
+def _collect(node: Node, made: set[Node], sources: set[Node]) -> bool:
+    """Adds the graph's inputs that `node` is a cast, transpose, detached alias or dequantization of, and what is made on the way; False where it is more."""
     if node.op == "placeholder":
         sources.add(node)
         return True
-    same = match.is_cast(node) or match.is_method(node, "t", "transpose", "detach") or match.is_function(node, torch.t, torch.transpose)
-    return same and all(_collect(item, sources) for item in node.all_input_nodes[:1]) and len(node.all_input_nodes) == 1
+    made.add(node)
+    form = match.is_cast(node) or match.is_method(node, "t", "transpose", "detach") or match.is_function(node, torch.t, torch.transpose)
+    same = form and len(node.all_input_nodes) == 1 or node.target is dequantize_4bit
+    return same and all(_collect(item, made, sources) for item in node.all_input_nodes)
 
 
 def _recipe(chain: Chain, inputs: list[Node]) -> Graph:

@@ -13,6 +13,7 @@
 
 Taken: the losses of passes/cross_entropy_pattern.py over the heads of passes/cross_entropy_head.py, whatever views, slices and transposes of rows are between:
 they are done to the hidden states instead. Scale and softcap in 16 bits before the cast to float32 are done in float32.
+The head's weight may be in 4 bits: it is dequantized for the op, and again for logits that are read.
 Logits that the graph returns too, before or after scale, softcap and cast, are made when somebody reads them. Where that is not possible the graph stays.
 Left silently: losses over classes of a sequence or token, which are few. Left with a Miss: the reasons here and in those files.
 """
