@@ -45,7 +45,7 @@ def products(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> t
     outputs, scales = [], []
     for weight, bias in zip(weights, biases, strict=True):
         w8, scale = quantize_weight(weight, x8)
-        outputs.append(torch._scaled_mm(x8, w8.t(), x_scale, scale[None], bias=bias, out_dtype=x.dtype, use_fast_accum=True))
+        outputs.append(torch._scaled_mm(x8, w8.t(), x_scale, scale.unsqueeze(0), bias=bias, out_dtype=x.dtype, use_fast_accum=True))
         scales.append(scale)
     return outputs, scales
 
