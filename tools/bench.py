@@ -47,7 +47,7 @@ sys.path.insert(0, str(HERE))
 
 import bench_turns  # noqa: E402
 from bench_batch import SHORTEST  # noqa: E402
-from bench_models import OPTIONAL, PRESETS, SYSTEMS, tiny  # noqa: E402
+from bench_models import BUILDERS, PRESETS, SYSTEMS, tiny  # noqa: E402
 from bench_profile import print_profiles  # noqa: E402
 from bench_results import header, machine, out_path, write  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -92,9 +92,9 @@ def parse() -> argparse.Namespace:
     add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear or linear_cross_entropy: as in Llama-8B or Llama-1B")
     add("--tokens", type=int, default=8192, help="with the same (default: %(default)s; lora_linear: in sequences of --seq or 2048)")
     args = parser.parse_args()
-    unknown = [name for name in args.systems.split(",") if name not in SYSTEMS + OPTIONAL]
+    unknown = [name for name in args.systems.split(",") if name not in BUILDERS]
     if unknown:
-        parser.error(f"unknown systems {unknown}: choose from {', '.join(SYSTEMS + OPTIONAL)}")
+        parser.error(f"unknown systems {unknown}: choose from {', '.join(BUILDERS)}")
     if args.padding is not None and args.documents:
         parser.error("--padding and --documents exclude each other")
     if not 0 <= (args.padding or 0) <= 1 - SHORTEST:
