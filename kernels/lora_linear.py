@@ -9,7 +9,9 @@
                 dX = dS [scaling A_0; ...] ; dX += dY_i W_i                         (added inside the GEMMs)
     saves       x and s
 
-The scaling is folded into A, which is stacked and cast anyway, and not into B: two launches fewer for every linear.
+The scaling is folded into A, which is stacked and cast anyway, and not into B: two launches fewer for every linear. Where the
+kernels serve, one launch makes s_i B_i^T + b_i of the whole group and one its dS and dB, and what follows (sums of partial
+results, casts, dA's scaling) is written for the group too, so that Inductor makes one kernel of each.
 
 The op decomposes into ATen while AOTAutograd traces: the joint graph holds plain `mm`s (and `accumulate_mm`), so the
 partitioner and Inductor see through it, and nothing is saved that the unrewritten model would not save.
@@ -26,7 +28,7 @@ from torch import Tensor
 from fastft.kernels import fp8_linear, lora_grads, low_rank, low_rank_dropout
 from fastft.kernels.accumulate import LIBRARY, accumulate_mm
 from fastft.kernels.lora_adapters import Spec, b_of, bias_of, columns, dropped, low_rank_input, mask_arguments, split, stack
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, low_rank_mms
 from fastft.kernels.packed import PAD
 from fastft.kernels.packed import op as packed_linears
 
@@ -90,15 +92,17 @@ class _LoraLinear(torch.autograd.Function):
             outputs = [accumulate_mm(y, *part) for y, part in zip(bases, parts, strict=True)]
         else:
             s = low_rank_input(spec, seeds, x, lora_a)
+            factors = [b_of(spec, lora_b, i).t() for i in range(spec.linears)]
+            totals = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
+            summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else [None] * spec.linears
             outputs = []
-            for i, (start, end) in enumerate(columns(spec)):
-                b, bias = b_of(spec, lora_b, i).t(), bias_of(spec, biases, lora_biases, i)
-                s_i, w = s[:, start:end], weights[i].to(spec.dtype).t()
+            for (start, end), weight, b, bias, summand in zip(columns(spec), weights, factors, totals, summands, strict=True):
+                s_i, w = s[:, start:end], weight.to(spec.dtype).t()
                 if spec.forward == "plain":
                     y = x @ w + s_i @ b
                     outputs.append(y if bias is None else y + bias)
                 elif spec.forward == "outer":
-                    outputs.append(accumulate_mm(low_rank_mm(s_i, b, bias), x, w))
+                    outputs.append(accumulate_mm(summand, x, w))
                 else:
                     outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
         ctx.spec = spec
@@ -130,28 +134,44 @@ def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_bias
     return x, s[:, : sum(spec.ranks)], outputs
 
 
+def _low_rank_grads(spec: Spec, s, dy, lora_b, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
+    """dS of the group, [M, sum r], and dB of each linear, [N, its r], or None where it is not needed."""
+    factors = [b_of(spec, lora_b, i) for i in range(spec.linears)]
+    if spec.backward == "one_read" and any(needed):
+        ds, db = (parts.sum(0) for parts in lora_grads.lora_grads(dy, s, factors))
+        db = _cast(db, lora_b).split([b.numel() for b in factors])
+        return ds.to(spec.dtype), [part.view_as(b) for part, b in zip(db, factors, strict=True)]
+    ds = [y @ b for y, b in zip(dy, factors, strict=True)]
+    wide = torch.promote_types(spec.dtype, torch.float32)
+    db = [_mm(dy[i].t(), s[:, start:end], wide) if needed[i] else None for i, (start, end) in enumerate(columns(spec))]
+    return torch.cat(ds, 1) if len(ds) > 1 else ds[0], db
+
+
+def _cast(total: Tensor, adapters) -> Tensor:
+    """The gradients of all adapters in one tensor in their dtype, in one kernel; as they are where they have several."""
+    dtypes = {adapter.dtype for adapter in adapters}
+    return total.to(*dtypes) if len(dtypes) == 1 else total
+
+
+def _scaled(spec: Spec, total: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
+    """scaling_j dA_j from dS^T x of the group; one kernel where all have one scaling."""
+    if len(set(spec.scaling)) == 1:
+        return _cast(total * spec.scaling[0], lora_a).split(spec.ranks)
+    return [part * scaling for part, scaling in zip(total.split(spec.ranks), spec.scaling, strict=True)]
+
+
 def _backward(spec: Spec, needs, saved, dy):
     x, s, seeds, *tensors = saved
     weights, biases, lora_a, lora_b, lora_biases = split(spec, tensors)
     needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], split(spec, needs[1:])
     d_weights, d_biases = [None] * spec.linears, [None] * spec.linears
     d_a, d_b, d_lora_biases = ([None] * len(spec.ranks) for _ in range(3))
-    ds = [None] * len(spec.ranks)
     wide = torch.promote_types(spec.dtype, torch.float32)
-    for i, (start, end) in enumerate(columns(spec)):
+    ds, db = _low_rank_grads(spec, s, dy, lora_b, [any(need_b[j] for j in spec.owned(i)) for i in range(spec.linears)])
+    for i in range(spec.linears):
         owned = spec.owned(i)
-        b = b_of(spec, lora_b, i)
-        ranks = [spec.ranks[j] for j in owned]
-        if spec.backward == "one_read" and any(need_b[j] for j in owned):
-            ds_parts, db_parts = lora_grads.lora_grads(dy[i], s[:, start:end], b)
-            ds_i, db_i = ds_parts.sum(0).to(spec.dtype), db_parts.sum(0)
-        else:
-            ds_i = dy[i] @ b
-            db_i = _mm(dy[i].t(), s[:, start:end], wide) if any(need_b[j] for j in owned) else None
-        for j, part in zip(owned, ds_i.split(ranks, 1), strict=True):
-            ds[j] = part
-        if db_i is not None:
-            for j, part in zip(owned, db_i.split(ranks, 1), strict=True):
+        if db[i] is not None:
+            for j, part in zip(owned, db[i].split([spec.ranks[j] for j in owned], 1), strict=True):
                 d_b[j] = part.to(lora_b[j].dtype) if need_b[j] else None
         if need_w[i]:
             d_weights[i] = _mm(dy[i].t(), x, weights[i].dtype)
@@ -161,29 +181,29 @@ def _backward(spec: Spec, needs, saved, dy):
             for j in owned:
                 if need_lora_bias[j]:
                     d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
-    ds_all = torch.cat(ds, 1) if len(ds) > 1 else ds[0]
     if any(need_a):
         if not any(spec.dropout):
-            parts = _mm(ds_all.t(), x, wide).split(spec.ranks)
+            parts = _scaled(spec, _mm(ds.t(), x, wide), lora_a)
         elif arguments := mask_arguments(spec, seeds, x):
-            parts = low_rank_dropout.dropped_grad(ds_all, x, *arguments).sum(0).split(spec.ranks)
+            parts = _scaled(spec, low_rank_dropout.dropped_grad(ds, x, *arguments).sum(0), lora_a)
         else:
-            parts = [_mm(ds[j].t(), dropped(spec, seeds, x, j), wide) if need_a[j] else None for j in range(len(spec.ranks))]
+            parts = ds.split(spec.ranks, 1)
+            parts = [_mm(parts[j].t(), dropped(spec, seeds, x, j), wide) * spec.scaling[j] if need_a[j] else None for j in range(len(spec.ranks))]
         for j, part in enumerate(parts):
-            d_a[j] = (part * spec.scaling[j]).to(lora_a[j].dtype) if need_a[j] else None
+            d_a[j] = part.to(lora_a[j].dtype) if need_a[j] else None
     dx = None
     if needs_x and spec.forward == "fp8":
         dx, stacked = fp8_linear.gradient(dy, weights, saved[-spec.linears :]), stack(spec, lora_a)
         if any(spec.dropout):
-            dx = dx + low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)
+            dx = dx + low_rank_mm_dropout(ds, stacked, seeds, spec.ranks, spec.dropout)
         else:
-            dx = accumulate_mm(dx, ds_all, stacked)
+            dx = accumulate_mm(dx, ds, stacked)
     elif needs_x:
         stacked = stack(spec, lora_a)
         if any(spec.dropout):
-            dx = low_rank_mm_dropout(ds_all, stacked, seeds, spec.ranks, spec.dropout)
+            dx = low_rank_mm_dropout(ds, stacked, seeds, spec.ranks, spec.dropout)
         else:
-            dx = low_rank_mm(ds_all, stacked, None) if spec.backward == "one_read" else ds_all @ stacked
+            dx = low_rank_mm(ds, stacked, None) if spec.backward == "one_read" else ds @ stacked
         for i, w in enumerate(weights):
             w = w.to(spec.dtype)
             dx = dx + dy[i] @ w if spec.forward == "plain" else accumulate_mm(dx, dy[i], w)

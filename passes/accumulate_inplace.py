@@ -10,11 +10,13 @@ reads it. Left: graph inputs, views, and z with another user; there `accumulate_
 Runs after Inductor's own patterns: they do not match across a mutation.
 """
 
+import operator
+
 import torch
 from torch.fx import Graph, Node
 
 from fastft.kernels.accumulate import accumulate_mm, accumulate_mm_
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, low_rank_mms
 
 aten = torch.ops.aten
 _FRESH = {
@@ -28,6 +30,7 @@ _FRESH = {
     accumulate_mm,
     low_rank_mm,
     low_rank_mm_dropout,
+    low_rank_mms,
 }
 
 
@@ -39,7 +42,8 @@ def accumulate_inplace(graph: Graph) -> int:
             continue
         summand, a, b = node.args
         live = [user for user in summand.users if user is not node and user not in written]
-        if live or summand.target not in _FRESH:
+        made = summand.args[0] if summand.target is operator.getitem else summand  # one of the buffers of low_rank_mms
+        if live or made.target not in _FRESH:
             continue
         with graph.inserting_before(node):
             write = graph.call_function(accumulate_mm_, (summand, a, b))

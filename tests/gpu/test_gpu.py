@@ -16,12 +16,48 @@ from fastft.kernels import lora_grads, lora_linear, low_rank, low_rank_dropout
 BF16 = torch.bfloat16
 
 
-@pytest.mark.parametrize("m, n, r", [(8192, 4096, 16), (4097, 1000, 5), (8192, 1024, 64), (33, 64, 1)])
-def test_lora_grads(m, n, r):
-    dy, b = torch.randn(m, n, device="cuda", dtype=BF16), torch.randn(n, r, device="cuda", dtype=BF16)
-    s = torch.randn(m, r + 8, device="cuda", dtype=BF16)[:, :r]
-    for got, want in zip(lora_grads.lora_grads(dy, s, b), (dy.double() @ b.double(), dy.double().t() @ s.double()), strict=True):
-        assert (got.sum(0) - want).norm() / want.norm() < 1e-5
+GROUPS = [
+    (8192, (4096,), (16,)),
+    (4097, (1000,), (5,)),
+    (8192, (1024,), (64,)),
+    (33, (64,), (1,)),
+    (8192, (2048, 512, 512), (16, 16, 16)),
+    (4097, (1000, 64), (8, 8)),
+    (4096, (300, 4096, 128), (16, 32, 3)),
+]
+
+
+def operands(m, widths, ranks):
+    dy = [torch.randn(m, n, device="cuda", dtype=BF16) for n in widths]
+    b = [torch.randn(n, r, device="cuda", dtype=BF16) for n, r in zip(widths, ranks, strict=True)]
+    return dy, torch.randn(m, sum(ranks) + 8, device="cuda", dtype=BF16)[:, : sum(ranks)], b
+
+
+@pytest.mark.parametrize("m, widths, ranks", GROUPS)
+def test_lora_grads(m, widths, ranks):
+    dy, s, b = operands(m, widths, ranks)
+    ds, db = (parts.sum(0) for parts in lora_grads.lora_grads(dy, s, b))
+    db = db.split([matrix.numel() for matrix in b])
+    for y, part, matrix, ds_i, db_i in zip(dy, s.split(ranks, 1), b, ds.split(ranks, 1), db, strict=True):
+        for got, want in ((ds_i, y.double() @ matrix.double()), (db_i.view_as(matrix), y.double().t() @ part.double())):
+            assert (got - want).norm() / want.norm() < 1e-5
+
+
+@pytest.mark.parametrize("m, widths, ranks", GROUPS)
+def test_siblings_are_what_they_are_alone(m, widths, ranks):
+    """Bit by bit where the ranks are equal, so that the tiles are."""
+    dy, s, b = operands(m, widths, ranks)
+    biases = [torch.randn(n, device="cuda", dtype=BF16) if i % 2 else None for i, n in enumerate(widths)]
+    outs = low_rank.low_rank_mms(s, [matrix.t() for matrix in b], biases)
+    ds, db = lora_grads.lora_grads(dy, s, b)
+    db = db.split([matrix.numel() for matrix in b], 1)
+    for i, (y, part, matrix, bias) in enumerate(zip(dy, s.split(ranks, 1), b, biases, strict=True)):
+        want = low_rank.reference(part.double(), matrix.t().double(), None if bias is None else bias.double())
+        assert (outs[i] - want).norm() / want.norm() < 3e-3
+        if len(set(ranks)) == 1:
+            ds_alone, db_alone = lora_grads.lora_grads([y], part, [matrix])
+            assert torch.equal(ds.split(ranks, 2)[i][: len(ds_alone)], ds_alone) and torch.equal(db[i], db_alone)
+            assert torch.equal(outs[i], low_rank.low_rank_mms(part, [matrix.t()], [bias])[0])
 
 
 @pytest.mark.parametrize("ranks, dropout", [((16,), (0.0,)), ((16, 16, 16), (0.05, 0.05, 0.05)), ((8, 33), (0.0, 0.5))])

@@ -2,9 +2,11 @@
 
 import pytest
 import tiny
+import torch
 from conftest import assert_same, batch_for, lora_modules, tiny_lora
 
 import fastft
+from fastft.kernels import lora_linear as kernel
 
 LLAMA = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 # architecture -> the groups of one layer, in graph order
@@ -65,3 +67,14 @@ def test_lm_head(arch, rewriter):
     model = tiny_lora(arch, target_modules=["q_proj", "lm_head"])
     assert_same(model, rewriter.compile(model), batch_for(model))
     assert rewriter.modules == lora_modules(model) == ["lm_head", "model.layers.0.self_attn.q_proj"]
+
+
+def test_gemms_add_into_the_buffers_of_one_launch(lowered, monkeypatch):
+    """With the providers of GPUs: one op makes the summands of a group, and every GEMM writes into its own."""
+    monkeypatch.setattr(kernel, "choose", lambda *args: ("outer", "one_read"))
+    model = tiny_lora()
+    assert_same(model, lowered.compile(model), batch_for(model))
+    names = [node.target for graph in lowered.aten for node in graph.graph.nodes]
+    ops = torch.ops.fastft
+    assert names.count(ops.low_rank_mms.default) == names.count(ops.lora_grads.default) == 4
+    assert ops.accumulate_mm.default not in names and names.count(ops.accumulate_mm_.default) == 14

@@ -13,14 +13,16 @@ from triton.compiler import ASTSource
 TARGETS = [(80, 163 << 10), (86, 99 << 10), (89, 99 << 10), (90, 227 << 10), (100, 227 << 10), (120, 99 << 10)]
 
 
-def resources(kernel, types: dict[str, str], constants: dict, capability: int, **options) -> dict[str, int]:
+def resources(kernel, types: dict[str, str | tuple[str, ...]], constants: dict, capability: int, **options) -> dict[str, int]:
     """Registers, spilled bytes and shared memory of `kernel`, all pointers and sizes taken as multiples of 16.
 
     Args:
-        types: the Triton type of every argument that is not a constant, "*bf16" or "i32".
+        types: the Triton type of every argument that is not a constant, "*bf16" or "i32"; of a tuple a tuple.
         options: num_warps, num_stages.
     """
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in types}
+    places = {name: (kernel.arg_names.index(name),) for name in types}
+    paths = [place + at for name, place in places.items() for at in ([()] if isinstance(types[name], str) else [(i,) for i in range(len(types[name]))])]
+    aligned = {path: [["tt.divisibility", 16]] for path in paths}
     signature = types | dict.fromkeys(constants, "constexpr")
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

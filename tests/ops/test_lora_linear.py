@@ -1,16 +1,20 @@
 """`fastft::lora_linear` against autograd of the formula it stands for, and the schemas of the ops below it."""
 
+import collections
+
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastft import contract
 from fastft.kernels import dropout as masks
 from fastft.kernels.accumulate import accumulate_mm
 from fastft.kernels.lora_grads import lora_grads
 from fastft.kernels.lora_linear import op
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout
+from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, low_rank_mms
 from fastft.kernels.packed import PAD
 
 F64 = torch.float64
@@ -106,18 +110,20 @@ def test_equals_the_formula(case, forward):
     assert_equal(args, forward)
 
 
+@pytest.mark.parametrize("providers", [("accumulate", "mm"), ("outer", "one_read")])
 @pytest.mark.parametrize("frozen", range(7))
-def test_gradients_of_some(frozen):
+def test_gradients_of_some(frozen, providers):
     """Any input may need no gradient: x in the first layer, the base weights, one A, one B."""
     args = arguments([3], 8, [5, 6], [2, 3], [0, 1], bias=[True, True], lora_bias=[True, False])
+    close = {"rtol": 1e-5, "atol": 1e-5} if "one_read" in providers else {}  # which is float32
     groups = [args[0:1], args[1], args[2], args[3], args[4][1:], args[3] + args[4], leaves(args)[2:]]
     for tensor in groups[frozen]:
         tensor.requires_grad_(False)
-    assert_equal(args)
+    assert_equal(args, *providers, **close)
     args = arguments([3], 8, [5, 6], [2, 3], [0, 1], dropout=[0.5, 0.0])
     args[3][frozen % 2].requires_grad_(False)
     args[0].requires_grad_(frozen < 4)
-    assert_equal(args)
+    assert_equal(args, *providers, **close)
 
 
 @pytest.mark.parametrize("forward", ["accumulate", "outer", "k_extended", "plain"])
@@ -125,6 +131,48 @@ def test_gradients_of_some(frozen):
 def test_providers_agree(forward, backward):
     args = arguments([2, 9], 24, [16, 8], [4, 7, 1], [0, 0, 1], dropout=[0.0, 0.3, 0.0], bias=[True, False], base=torch.float32, adapters=torch.float32)
     assert_equal(args, forward, backward, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backward", ["mm", "one_read"])
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_one_scaling_for_all_and_adapters_of_two_dtypes(backward, dropout):
+    options = {"scaling": [2.0] * 3, "dropout": [dropout] * 3, "base": torch.float32, "adapters": torch.float32}
+    args = arguments([7], 12, [6, 5, 4], [3, 1, 2], [0, 1, 2], **options)
+    assert_equal(args, "outer", backward, rtol=1e-5, atol=1e-5)
+    for group in args[3:5]:
+        group[1] = group[1].detach().to(F64).requires_grad_()
+    assert_equal(args, "outer", backward, rtol=1e-5, atol=1e-5)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operations that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[func] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("linears", [1, 2, 3])
+def test_a_group_takes_one_launch_of_each_kernel(linears):
+    args = arguments([7], 12, [6, 5, 4][:linears], [3, 1, 2][:linears], range(linears), base=torch.float32, adapters=torch.float32)
+    with Calls() as calls:
+        run(fused("outer", "one_read"), args)
+    assert [calls.count[op] for op in (low_rank_mms, low_rank_mm, lora_grads)] == [1, 1, 1]
+    assert calls.count[torch.ops.aten.sum.dim_IntList] == 2  # the partial sums of dS and of dB
+
+
+def test_kernels_count_the_flops_of_the_products():
+    args = arguments([7], 12, [6, 5, 4], [3, 1, 2], [0, 1, 2], base=torch.float32, adapters=torch.float32)
+    totals = []
+    for providers in (("accumulate", "mm"), ("outer", "one_read")):
+        with FlopCounterMode(display=False) as counter:
+            run(fused(*providers), args)
+        totals.append(counter.get_total_flops())
+    assert totals[0] == totals[1] > 0
 
 
 def test_k_extended_on_padded_storage():
@@ -173,8 +221,9 @@ def test_gradcheck():
 
 UNDER = {
     accumulate_mm: lambda: (torch.randn(6, 5), torch.randn(6, 4), torch.randn(4, 5)),
-    lora_grads: lambda: (torch.randn(6, 5), torch.randn(6, 2), torch.randn(5, 2)),
+    lora_grads: lambda: ([torch.randn(6, 5), torch.randn(6, 3)], torch.randn(6, 6), [torch.randn(5, 2), torch.randn(3, 4)]),
     low_rank_mm: lambda: (torch.randn(6, 2), torch.randn(2, 5), torch.randn(5)),
+    low_rank_mms: lambda: (torch.randn(6, 6), [torch.randn(2, 5), torch.randn(4, 3)], [None, torch.randn(3)]),
     low_rank_mm_dropout: lambda: (torch.randn(6, 3), torch.randn(3, 5), torch.ones(1, 6, dtype=torch.int32), [1, 2], [0.5, 0.0]),
 }
 
