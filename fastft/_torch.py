@@ -23,8 +23,10 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis as RestartAnalysis
 from torch._dynamo.utils import counters, graph_break_reasons
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
+from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
@@ -83,6 +85,12 @@ def is_quantized(tensor: object) -> bool:
     return any(is_quantized(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
+def calls_triton(gm: torch.fx.GraphModule) -> bool:
+    """True where Dynamo captured a launch of a Triton kernel, in the graph or in a body."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, torch.fx.GraphModule)]
+    return any(node.target is triton_kernel_wrapper_mutation for graph in graphs for node in graph.nodes)
+
+
 class OptionError(ShortenTraceback, ValueError):
     """A ValueError that Dynamo hands on as it is; others that a backend raises come out as BackendCompilerFailed."""
 
@@ -95,10 +103,13 @@ def isolated_compile(model: Callable, backend: Callable) -> Callable:
 
 __all__ = [
     "AnyRestart",
+    "CUSTOM_EXTERN_KERNEL_CODEGEN",
+    "CustomCodegen",
     "CustomGraphPass",
     "CustomPartitionerFn",
     "OptionError",
     "RestartAnalysis",
+    "calls_triton",
     "compile_fx",
     "counters",
     "enable_torch_function",

@@ -90,6 +90,10 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, r
     patches = dict(options.inductor)
     patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options, row)
     patches["custom_partitioner_fn"] = Partitioner(options)
+    if _torch.calls_triton(gm):
+        # Inductor hands Python floats to a user's Triton kernel as float64, Triton itself as float32: TRL 1.15's loss, which
+        # SFTTrainer puts into the model, does not compile then ("initial type fp32 but is re-assigned to fp64 in loop").
+        patches.setdefault("_use_fp64_for_unbacked_floats", False)
     # The backward is lowered now rather than at the first backward call: an error in it can still be answered here.
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
         return _torch.compile_fx(gm, list(example_inputs), config_patches=patches)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
+from fastft import _torch
+
 LIBRARY = torch.library.Library("fastft", "FRAGMENT")
 LIBRARY.define("accumulate_mm(Tensor acc, Tensor a, Tensor b) -> Tensor")
 LIBRARY.define("accumulate_mm_(Tensor(a!) acc, Tensor a, Tensor b) -> ()", tags=(torch.Tag.needs_exact_strides,))
@@ -40,6 +42,14 @@ torch.library.register_fake("fastft::accumulate_mm_", lambda acc, a, b: None, li
 
 accumulate_mm = torch.ops.fastft.accumulate_mm.default
 accumulate_mm_ = torch.ops.fastft.accumulate_mm_.default
+
+
+def _call(node, writeline) -> None:
+    """In Inductor's Python code the method itself: without the dispatcher and `_inplace` a call takes the host 2 us instead of 6."""
+    writeline(f"torch.Tensor.addmm_({', '.join(node.codegen_args())})")
+
+
+_torch.CUSTOM_EXTERN_KERNEL_CODEGEN["torch.ops.fastft.accumulate_mm_.default"] = _torch.CustomCodegen(python=_call)
 
 
 @register_flop_formula(torch.ops.fastft.accumulate_mm)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from conftest import batch_for, dequantized, lower, tiny_qlora
 from torch import nn
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_mutation
 from torch.nn import functional as F
 
 import fastft
-from fastft import _torch, contract, kernels, passes
+from fastft import _torch, backend, contract, kernels, passes
 from fastft.options import Options
 
 
@@ -190,6 +191,22 @@ def test_modes_and_inductor_settings_are_passed_on(settings):
     assert settings[0]["max_autotune"] is True
     assert settings[1]["epilogue_fusion"] is False and settings[1]["coordinate_descent_tuning"] is True
     assert len(fastft.reports()) == 2 and all(report.rewrites for report in fastft.reports())
+
+
+@pytest.mark.parametrize("where", ["graph", "body", None])
+def test_floats_of_users_kernels(where, monkeypatch):
+    """Triton hands Python floats to a kernel as float32; Inductor does only when it is told so. tests/gpu/test_trainers_gpu.py has such a kernel."""
+    inner, outer = torch.fx.Graph(), torch.fx.Graph()
+    for graph, name in ((inner, "body"), (outer, "graph")):
+        x = graph.placeholder("x")
+        if name == where:
+            graph.call_function(triton_kernel_wrapper_mutation, kwargs={"kernel_idx": 0, "kwargs": {"x": x}})
+        graph.output((x,) if graph is inner else (graph.get_attr("body"),))
+    body = torch.fx.GraphModule({}, inner)
+    given = []
+    monkeypatch.setattr(_torch, "compile_fx", lambda gm, example_inputs, config_patches: given.append(config_patches))
+    backend._compile(torch.fx.GraphModule({"body": body}, outer), [], Options(), None)
+    assert given[0].get("_use_fp64_for_unbacked_floats", True) is (where is None)
 
 
 def test_disabled_passes_do_not_run(settings):
