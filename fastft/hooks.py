@@ -11,14 +11,14 @@ import pathlib
 from collections.abc import Callable
 
 import torch
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 import fastft.kernels
 import fastft.passes
 from fastft import _torch
 from fastft.kernels.dequantize import dequantize_4bit
-from fastft.kernels.lora_adapters import RECOMPUTE
+from fastft.kernels.lora_adapters import RECOMPUTE, SAVE
 from fastft.options import Options
 from fastft.report import Report
 from fastft.runner import warn_dropped
@@ -74,8 +74,7 @@ class PassManager(_torch.CustomGraphPass):
 
 # PyTorch saves whatever a GEMM of the backward reads; without that rule its min-cut also makes element-wise products again
 # from what is saved anyway: the inputs of LoRA's dA, which are a norm's output and SwiGLU's product. Saved in a layer of
-# Llama-8B, 8192 tokens: 736 MiB instead of 1088. Not under CUDA graphs: there the embedding, saved then, was found overwritten
-# in the backward (torch 2.11, "accessing tensor output of CUDAGraphs"); not understood (docs/notes.md).
+# Llama-8B, 8192 tokens: 736 MiB instead of 1088.
 MIN_CUT = {"ban_recompute_materialized_backward": False}
 
 
@@ -83,20 +82,26 @@ class Partitioner(_torch.CustomPartitionerFn):
     """Stage 3: where the memory planner tags what is saved, recomputed or offloaded, before PyTorch's min-cut.
 
     Today it tags what the ops ask for: their seeds of dropout masks are saved, never drawn again, also inside checkpointed
-    regions; what they mark as recomputed is made again in the backward, and so are dequantized weights. The
-    min-cut may make again what is element-wise.
+    regions; what they mark as recomputed is made again in the backward, and so are dequantized weights; what they mark as
+    saved is, but for checkpointed regions. The min-cut may make again what is element-wise.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
 
     def __call__(self, gm: GraphModule, joint_inputs, **kwargs) -> tuple[GraphModule, GraphModule]:
+        late: set[Node] = set()  # what depends on the loss; PyTorch copies the marks of the forward there too
         for node in gm.graph.nodes:
+            if node.op == "placeholder" and "tangents" in node.name or not late.isdisjoint(node.all_input_nodes):
+                late.add(node)
+            marks = {} if node in late else node.meta.get("custom") or {}
             if node.target in (torch.ops.aten.randint.low, torch.ops.prims.inductor_randint.default):
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-            elif RECOMPUTE in (node.meta.get("custom") or {}) or node.target is dequantize_4bit:
+            elif RECOMPUTE in marks or node.target is dequantize_4bit:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        with torch._functorch.config.patch({} if self.options.cuda_graphs else MIN_CUT):
+            elif SAVE in marks and "recompute" not in node.meta and any(SAVE not in (user.meta.get("custom") or {}) for user in node.users):
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+        with torch._functorch.config.patch(MIN_CUT):
             forward, backward = _torch.min_cut_rematerialization_partition(gm, joint_inputs, **kwargs)
         give_own_memory(forward, backward, kwargs["num_fwd_outputs"])
         return forward, backward

@@ -34,6 +34,8 @@ from fastft.kernels.packed import op as packed_linears
 
 # Rows of x from which the kernels are used (see `choose`).
 MIN_ROWS = 4096
+# Below that, cast and scaled adapters are saved for the backward where they take at most this part of x's memory.
+SAVED_PART = 32
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_biases, "
@@ -50,14 +52,17 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
         owner, scaling, dropout: one entry an adapter; dropout is the probability of zeroing an element of x.
         seeds: int32 [ceil(adapters / 2), ...] where a dropout is not 0, else None.
         forward: "accumulate" (s B^T by cuBLAS, then the base GEMM adds into it), "outer" (s B^T by a kernel that streams),
-            "k_extended" (packed weights), "fp8" (base products in fp8, kernels/fp8_linear.py) or "plain" (products and sums, which Inductor fuses into what reads them; in the backward too). backward: "one_read" (one kernel for dS and dB) or "mm". The providers.
+            "k_extended" (packed weights) or "fp8" (base products in fp8, kernels/fp8_linear.py). backward: "one_read" (one
+            kernel for dS and dB) or "mm". The providers.
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast and x.is_floating_point() else x.dtype
-    spec = Spec(len(weights), tuple(a.shape[0] for a in lora_a), tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype)
+    ranks = tuple(a.shape[0] for a in lora_a)
+    saves = not any(dropout) and few_rows(x) and sum(ranks) * SAVED_PART <= math.prod(x.shape[:-1])
+    spec = Spec(len(weights), ranks, tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype, saves)
     if seeds is not None:
         seeds = seeds.reshape(seeds.shape[0], -1)
     with torch.autocast(device, enabled=False):
@@ -98,10 +103,7 @@ class _LoraLinear(torch.autograd.Function):
             outputs = []
             for (start, end), weight, b, bias, summand in zip(columns(spec), weights, factors, totals, summands, strict=True):
                 s_i, w = s[:, start:end], weight.to(spec.dtype).t()
-                if spec.forward == "plain":
-                    y = x @ w + s_i @ b
-                    outputs.append(y if bias is None else y + bias)
-                elif spec.forward == "outer":
+                if spec.forward == "outer":
                     outputs.append(accumulate_mm(summand, x, w))
                 else:
                     outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
@@ -142,15 +144,29 @@ def _low_rank_grads(spec: Spec, s, dy, lora_b, needed: list[bool]) -> tuple[Tens
         db = _cast(db, lora_b).split([b.numel() for b in factors])
         return ds.to(spec.dtype), [part.view_as(b) for part, b in zip(db, factors, strict=True)]
     ds = [y @ b for y, b in zip(dy, factors, strict=True)]
-    wide = torch.promote_types(spec.dtype, torch.float32)
-    db = [_mm(dy[i].t(), s[:, start:end], wide) if needed[i] else None for i, (start, end) in enumerate(columns(spec))]
+    dtype = _grad_dtype(spec, lora_b)
+    db = [_mm(dy[i].t(), s[:, start:end], dtype) if needed[i] else None for i, (start, end) in enumerate(columns(spec))]
     return torch.cat(ds, 1) if len(ds) > 1 else ds[0], db
+
+
+def _grad_dtype(spec: Spec, adapters) -> torch.dtype:
+    """What a GEMM writes for the gradients of adapters: their dtype, where a cast would be a launch of its own, else float32 or wider."""
+    return spec.dtype if all(a.dtype == spec.dtype for a in adapters) else torch.promote_types(spec.dtype, torch.float32)
 
 
 def _cast(total: Tensor, adapters) -> Tensor:
     """The gradients of all adapters in one tensor in their dtype, in one kernel; as they are where they have several."""
     dtypes = {adapter.dtype for adapter in adapters}
     return total.to(*dtypes) if len(dtypes) == 1 else total
+
+
+def _scaled_mm(spec: Spec, ds: Tensor, x: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
+    """scaling_j dA_j = scaling_j dS^T x of the group; scaled inside the GEMM where all have one scaling and x's dtype."""
+    dtype = _grad_dtype(spec, lora_a)
+    if dtype == spec.dtype and len(set(spec.scaling)) == 1:
+        # beta = 0: the summand is not read; it gives the shape
+        return torch.addmm(lora_a[0][:1], ds.t(), x, beta=0, alpha=spec.scaling[0]).split(spec.ranks)
+    return _scaled(spec, _mm(ds.t(), x, dtype), lora_a)
 
 
 def _scaled(spec: Spec, total: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
@@ -183,7 +199,7 @@ def _backward(spec: Spec, needs, saved, dy):
                     d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
     if any(need_a):
         if not any(spec.dropout):
-            parts = _scaled(spec, _mm(ds.t(), x, wide), lora_a)
+            parts = _scaled_mm(spec, ds, x, lora_a)
         elif arguments := mask_arguments(spec, seeds, x):
             parts = _scaled(spec, low_rank_dropout.dropped_grad(ds, x, *arguments).sum(0), lora_a)
         else:
@@ -205,9 +221,14 @@ def _backward(spec: Spec, needs, saved, dy):
         else:
             dx = low_rank_mm(ds, stacked, None) if spec.backward == "one_read" else ds @ stacked
         for i, w in enumerate(weights):
-            w = w.to(spec.dtype)
-            dx = dx + dy[i] @ w if spec.forward == "plain" else accumulate_mm(dx, dy[i], w)
+            dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))
     return (dx, *d_weights, *d_biases, *d_a, *d_b, *d_lora_biases)
+
+
+def few_rows(x: Tensor) -> bool:
+    """True where a step is bound by launches, not by the GPU."""
+    rows = math.prod(x.shape[:-1])
+    return isinstance(rows, int) and rows < MIN_ROWS
 
 
 def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
@@ -216,14 +237,12 @@ def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:
     Args:
         x: the group's input, a fake tensor. dtype: of the arithmetic. ranks: of each linear, summed over its adapters.
 
-    On GPUs the kernels are custom ops, 40 us of the host a call, and the in-place GEMMs 3 us more than Inductor's, so they pay
-    where a linear keeps the GPU busy for longer. Llama-1B on an H200, ms a step: 2 x 1024 tokens with kernels 43, with in-place
-    GEMMs alone 30.9, Inductor 30.3; 4 x 2048 with both 95, Inductor 124. Where the number of rows is symbolic cuBLAS does all, in place.
+    The kernels are custom ops, 40 us of the host a call, so they pay where a linear keeps the GPU busy for longer. Llama-1B on an H200,
+    ms a step: 2 x 1024 tokens without them 29.1, Inductor 36.6 (with them 43 where Inductor took 30); 4 x 2048 with them 95, Inductor
+    124. Where the number of rows is symbolic cuBLAS does all, in place.
     """
     rows = math.prod(x.shape[:-1])
     kernels = low_rank.runs(x, dtype) and isinstance(rows, int) and rows >= MIN_ROWS
-    if x.is_cuda and isinstance(rows, int) and rows < MIN_ROWS:
-        return "plain", "mm"
     return (
         "outer" if kernels and max(ranks) <= low_rank.MAX_RANK else "accumulate",
         "one_read" if kernels and max(ranks) <= lora_grads.MAX_RANK else "mm",

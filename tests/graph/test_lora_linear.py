@@ -78,3 +78,20 @@ def test_gemms_add_into_the_buffers_of_one_launch(lowered, monkeypatch):
     ops = torch.ops.fastft
     assert names.count(ops.low_rank_mms.default) == names.count(ops.lora_grads.default) == 4
     assert ops.accumulate_mm.default not in names and names.count(ops.accumulate_mm_.default) == 14
+
+
+@pytest.mark.parametrize("rank, adapters, prepared", [(2, torch.bfloat16, 0), (2, torch.float32, 0), (16, torch.bfloat16, 4)])
+def test_few_rows_take_few_launches(rank, adapters, prepared, lowered):
+    """Beside GEMMs the backward has nothing of an adapter's size: no stack of A made again, no scaling or cast of a gradient in x's dtype."""
+    model = tiny_lora(dtype=torch.bfloat16, r=rank, lora_alpha=3 * rank, autocast_adapter_dtype=adapters == torch.float32)
+    rows = 4 * 64
+    assert_same(model, lowered.compile(model), tiny.tiny_batch(model.config, batch=4, seq=64))
+    small = [node for node in lowered.aten[1].graph.nodes if node.op == "call_function" and getattr(node.meta.get("val"), "ndim", 0) == 2]
+    small = [node for node in small if min(node.meta["val"].shape) <= 3 * rank and node.meta["val"].shape[0] != rows]
+    pointwise = [node for node in small if any(name in str(node.target) for name in ("cat", "mul.", "convert", "_to_copy"))]
+    of_inputs = []
+    for node in pointwise:
+        if all(item.op == "placeholder" or item in of_inputs for item in node.all_input_nodes):
+            of_inputs.append(node)
+    assert len([node for node in of_inputs if not any(user in of_inputs for user in node.users)]) == prepared, "A is stacked once for each group"
+    assert small and (adapters == torch.float32 or pointwise == of_inputs), "the gradients come out of the GEMMs"
