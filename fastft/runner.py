@@ -19,10 +19,6 @@ from fastft.report import MissRow, PassRun, Report, Rewrite, reports
 from fastft.result import Match, Miss
 
 
-# What saves a tensor that is made early in the forward: see `hooks.MIN_CUT`.
-NOT_UNDER_CUDA_GRAPHS = {"rope_tables"}
-
-
 def warn_dropped(what: str, error: BaseException) -> str:
     """The one warning for something that failed and was dropped; returns the error as the report's row gives it."""
     text = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -124,7 +120,7 @@ def run_passes(original: Snapshot, passes: list[Callable], options: Options, rep
     When a pass raises, all start again without it.
     """
     start = time.perf_counter()
-    skipped = {*options.disable, *without, *(NOT_UNDER_CUDA_GRAPHS if options.cuda_graphs else ())}
+    skipped = {*options.disable, *without}
     if options.base_compute != "fp8":
         skipped.add("fp8_compute")
     why = options.why_materialized()

@@ -36,13 +36,6 @@ def test_checkpointed_layers_read_the_table_from_outside():
     assert len(tables(rewriter)) == 2
 
 
-def test_left_under_cuda_graphs():
-    model = tiny_lora("llama")
-    rewriter = Rewriter(of="rope_tables", inductor=(("triton.cudagraphs", True),))
-    rewriter.compile(model)(**batch_for(model))
-    assert not tables(rewriter)
-
-
 class Waves(nn.Module):
     """cos as an activation (SIREN), and one that a single operation reads."""
 
