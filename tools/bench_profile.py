@@ -8,7 +8,7 @@ A kernel is classified by the operation that launched it (with its input shapes)
 | skinny GEMM | one of M, N, K is at most 256: the LoRA products |
 | GEMM, shape unknown | a GEMM kernel that no ATen product launched (a fused op's own Triton kernel) |
 | attention | scaled_dot_product_attention, whichever backend, varlen_attn, flex_attention, and the kernels around them |
-| dequantization | kernels that unpack 4-bit weights and their statistics |
+| (de)quantization | kernels that unpack 4-bit weights and their statistics, or quantize weights to fp8 |
 | loss | softmax, cross entropy and their backward; the lm_head product counts as a large GEMM |
 | element-wise, norm | everything that reads and writes activations once: ATen, Inductor's and hand-written Triton |
 | optimizer | fused AdamW, clip_grad_norm_ |
@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 SKINNY = 256
-CLASSES = "large GEMM|skinny GEMM|GEMM, shape unknown|attention|dequantization|element-wise, norm|loss|optimizer|copies|other|gaps".split("|")
+CLASSES = "large GEMM|skinny GEMM|GEMM, shape unknown|attention|(de)quantization|element-wise, norm|loss|optimizer|copies|other|gaps".split("|")
 
 _PRODUCT = re.compile(r"^aten::(mm|addmm|bmm|baddbmm|_grouped_mm|_scaled_mm|addmm_)(\.|$)")
 _GEMM = re.compile(r"nvjet|gemm|gemv|xmma|cutlass|splitk|_tem_fused|(^|_)(mm|bmm|matmul)(_|$)", re.I)
@@ -40,7 +40,7 @@ _LORA = re.compile(r"lora|skinny|low_rank|dropped_(mm|grad)", re.I)
 _ATTENTION = re.compile(r"scaled_?dot_?product|sdpa|fmha|flash|cudnn_(generated|attention)|attention_(forward|backward)|dot_do_o|_attn_|varlen_attn", re.I)
 _FLEX = re.compile(r"flex_attention|triton_tem_fused(?!.*(mm|matmul|conv))", re.I)  # templates are GEMMs, convolutions and flex attention
 _LOSS = re.compile(r"cross_entropy|nll_loss|log_?softmax|softmax_?(fwd|bwd|forward|backward)|_ce_", re.I)
-_DEQUANTIZE = re.compile(r"dequantize", re.I)
+_QUANTIZE = re.compile(r"quantize", re.I)
 _OPTIMIZER = re.compile(r"multi_tensor|fused_?adam|_foreach|lpnorm|clip_grad|Optimizer\.", re.I)
 _COPY = re.compile(r"memcpy|memset|copy|CatArray|aten::(cat|clone|contiguous|_to_copy|to|fill_|zero_|zeros|copy_)$|FillFunctor", re.I)
 _ELEMENTWISE = re.compile(r"triton|elementwise|reduce|norm|rope|rotary|swiglu|silu|geglu|softmax|index|gather|scatter|embedding|cumsum|dropout", re.I)
@@ -96,8 +96,8 @@ def classify(name: str, chain: list[Event]) -> tuple[str, tuple[int, ...] | None
         return "attention", None
     if _INDUCTOR.match(name):
         return ("loss" if _LOSS.search(name) else "element-wise, norm"), None
-    if _DEQUANTIZE.search(name):
-        return "dequantization", None
+    if _QUANTIZE.search(name):
+        return "(de)quantization", None
     if _ATTENTION.search(name) or any(_ATTENTION.search(op) for op in ops):
         return "attention", None
     product = next((op for op in chain if _PRODUCT.match(op["name"])), None)
@@ -159,7 +159,7 @@ def summarise(trace: dict[str, Any], steps: int, top: int = 25) -> dict[str, Any
 def attention_backend(prof: dict[str, Any]) -> str:
     """Which implementation of attention a profile holds: the one that is meant must really be the one that ran."""
     names = " ".join(prof["attention_kernels"]).lower()
-    known = {"cuDNN": "cudnn", "flash": "flash_fwd|flash_bwd|pytorch_flash", "flex": "flex|triton_tem", "efficient": "fmha", "math": "softmax"}
+    known = {"cuDNN": "cudnn", "flash": "flash_fwd|flash_bwd|pytorch_flash", "flex": "flex|triton_tem", "efficient": "fmha_cutlass", "math": "softmax"}
     return ", ".join(label for label, pattern in known.items() if re.search(pattern, names)) or ("other" if names else "none seen")
 
 
