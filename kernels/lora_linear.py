@@ -162,11 +162,10 @@ def _cast(total: Tensor, adapters) -> Tensor:
 
 def _scaled_mm(spec: Spec, ds: Tensor, x: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
     """scaling_j dA_j = scaling_j dS^T x of the group; scaled inside the GEMM where all have one scaling and x's dtype."""
-    dtype = _grad_dtype(spec, lora_a)
-    if dtype == spec.dtype and len(set(spec.scaling)) == 1:
-        # beta = 0: the summand is not read; it gives the shape
+    if {a.dtype for a in lora_a} == {spec.dtype} and len(set(spec.scaling)) == 1:
+        # beta = 0: the summand is not read
         return torch.addmm(lora_a[0][:1], ds.t(), x, beta=0, alpha=spec.scaling[0]).split(spec.ranks)
-    return _scaled(spec, _mm(ds.t(), x, dtype), lora_a)
+    return _scaled(spec, _mm(ds.t(), x, _grad_dtype(spec, lora_a)), lora_a)
 
 
 def _scaled(spec: Spec, total: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
