@@ -6,8 +6,10 @@ Rewriting happens here, before `compile_fx`: an op brings its own backward, the 
 and the report exists on a warm start too.
 """
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +90,9 @@ def _keep(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row:
 
 def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, row: report.Report) -> Callable[..., Any]:
     patches = dict(options.inductor)
+    if not options.cuda_graphs:
+        # Partitions serve CUDA graphs alone; working out what the only one reads takes up to 1.8 s of 16 layers' 45.
+        patches.setdefault("graph_partition", False)
     patches["post_grad_custom_post_pass"] = PassManager(passes.POST_GRAD, options, row)
     patches["custom_partitioner_fn"] = Partitioner(options)
     if _torch.calls_triton(gm):
@@ -95,5 +100,19 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], options: Options, r
         # SFTTrainer puts into the model, does not compile then ("initial type fp32 but is re-assigned to fp64 in loop").
         patches.setdefault("_use_fp64_for_unbacked_floats", False)
     # The backward is lowered now rather than at the first backward call: an error in it can still be answered here.
-    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+    with torch._functorch.config.patch(force_non_lazy_backward_lowering=True), _no_full_collections():
         return _torch.compile_fx(gm, list(example_inputs), config_patches=patches)
+
+
+@contextlib.contextmanager
+def _no_full_collections() -> Iterator[None]:
+    """Holds back Python's collections of all objects, which find next to nothing: what a compile makes lives until its end.
+
+    32 layers of Llama-8B in NF4: 13 s of 106 before, 5 now, for 8 % more host memory. Younger objects are collected as always.
+    """
+    *young, old = gc.get_threshold()
+    gc.set_threshold(*young, 1 << 30)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*young, old)

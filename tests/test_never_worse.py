@@ -3,6 +3,7 @@
 Everything but Inductor runs: `compile_fx` is replaced by `conftest.lower`.
 """
 
+import gc
 import re
 
 import pytest
@@ -207,6 +208,33 @@ def test_floats_of_users_kernels(where, monkeypatch):
     monkeypatch.setattr(_torch, "compile_fx", lambda gm, example_inputs, config_patches: given.append(config_patches))
     backend._compile(torch.fx.GraphModule({"body": body}, outer), [], Options(), None)
     assert given[0].get("_use_fp64_for_unbacked_floats", True) is (where is None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_garbage_is_collected_as_before_after_a_compile(fails, monkeypatch):
+    before, within = gc.get_threshold(), []
+
+    def compile_fx(gm, example_inputs, config_patches):
+        within.append(gc.get_threshold())
+        if fails:
+            raise RuntimeError("broken")
+        return lower(gm, example_inputs, config_patches)
+
+    monkeypatch.setattr(_torch, "compile_fx", compile_fx)
+    model = torch.compile(Adapted(), backend="fastft", options={"disable": ["lora_linear"]})
+    if fails:
+        with pytest.raises(Exception, match="broken"):
+            model(**BATCH)
+    else:
+        model(**BATCH)
+    assert gc.get_threshold() == before
+    assert within and all(now[:2] == before[:2] and now[2] > before[2] for now in within)
+
+
+def test_partitions_are_for_cuda_graphs(settings):
+    for options in ({}, {"inductor": {"triton.cudagraphs": True}}, {"inductor": {"graph_partition": True}}):
+        torch.compile(Adapted(), backend="fastft", options=options)(**BATCH)
+    assert [patches.get("graph_partition") for patches in settings] == [False, None, True]
 
 
 def test_disabled_passes_do_not_run(settings):
