@@ -5,7 +5,7 @@
     python tools/results_table.py --write    # put them between the markers in README.md
     python tools/results_table.py --check    # exit status 1 where README.md is out of date
 
-One table for each setup (model, batch, quantization, adapters, recomputation, fastft's options and variants, GPU), from the newest file that measured it.
+One table for each setup (model, batch, quantization, adapters, recomputation, fastft's options, GPU) and choice of systems, from the newest file that measured it.
 Smoke tests (--tiny), runs without a GPU, single operations (--op) and other JSON files are left out. A system measured in several rounds stands
 there with the median of its rounds and the first step of its first round, the cold one.
 """
@@ -37,8 +37,8 @@ def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
             continue
         if not any("ms" in row for row in document["systems"]):
             continue
-        variants = [row["system"] for row in document["systems"] if row["system"].startswith("fastft-")]
-        setup = json.dumps([document["gpu"], variants, *(document["spec"].get(key) for key in SETUP)], sort_keys=True)
+        systems = sorted({row["system"] for row in document["systems"]})
+        setup = json.dumps([document["gpu"], systems, *(document["spec"].get(key) for key in SETUP)], sort_keys=True)
         if setup not in newest or document["date"] > newest[setup][1]["date"]:
             newest[setup] = path, document
     return sorted(newest.values(), key=lambda item: (item[1]["arguments"]["preset"], item[1]["date"]))
