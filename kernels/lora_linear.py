@@ -7,11 +7,12 @@
     backward    dS_i = dY_i B_i ; dB_i = dY_i^T s_i       (one read of dY_i where a kernel serves)
                 dA = scaling dS^T x                       one GEMM for the group (dropout: likewise)
                 dX = dS [scaling A_0; ...] ; dX += dY_i W_i                         (added inside the GEMMs)
-    saves       x and s
+    saves       x and s; with few rows the cast, scaled and stacked adapters too, where they are small beside x
 
 The scaling is folded into A, which is stacked and cast anyway, and not into B: two launches fewer for every linear. Where the
 kernels serve, one launch makes s_i B_i^T + b_i of the whole group and one its dS and dB, and what follows (sums of partial
-results, casts, dA's scaling) is written for the group too, so that Inductor makes one kernel of each.
+results, casts) is written for the group too, so that Inductor makes one kernel of each. Elsewhere gradients of adapters leave
+their GEMM scaled and in the adapters' dtype: with few rows a step is as long as its launches.
 
 The op decomposes into ATen while AOTAutograd traces: the joint graph holds plain `mm`s (and `accumulate_mm`), so the
 partitioner and Inductor see through it, and nothing is saved that the unrewritten model would not save.
@@ -81,6 +82,10 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
+def _product(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if bias is None else torch.addmm(bias, a, b)
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: Spec, seeds, x, *tensors):
@@ -89,24 +94,17 @@ class _LoraLinear(torch.autograd.Function):
         x = x.to(spec.dtype)
         if spec.forward == "k_extended":
             x, s, outputs = _k_extended(spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases)
-        elif spec.forward == "fp8":
-            s = low_rank_input(spec, seeds, x, lora_a)
-            totals = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
-            bases, scales = fp8_linear.products(x, weights, totals)
-            parts = [(s[:, start:end], b_of(spec, lora_b, i).t()) for i, (start, end) in enumerate(columns(spec))]
-            outputs = [accumulate_mm(y, *part) for y, part in zip(bases, parts, strict=True)]
         else:
             s = low_rank_input(spec, seeds, x, lora_a)
+            parts = [s[:, start:end] for start, end in columns(spec)]
             factors = [b_of(spec, lora_b, i).t() for i in range(spec.linears)]
             totals = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
-            summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else [None] * spec.linears
-            outputs = []
-            for (start, end), weight, b, bias, summand in zip(columns(spec), weights, factors, totals, summands, strict=True):
-                s_i, w = s[:, start:end], weight.to(spec.dtype).t()
-                if spec.forward == "outer":
-                    outputs.append(accumulate_mm(summand, x, w))
-                else:
-                    outputs.append(accumulate_mm(s_i @ b if bias is None else torch.addmm(bias, s_i, b), x, w))
+            if spec.forward == "fp8":
+                bases, scales = fp8_linear.products(x, weights, totals)
+                outputs = [accumulate_mm(*operands) for operands in zip(bases, parts, factors, strict=True)]
+            else:
+                summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else map(_product, totals, parts, factors)
+                outputs = [accumulate_mm(y, x, weight.to(spec.dtype).t()) for y, weight in zip(summands, weights, strict=True)]
         ctx.spec = spec
         ctx.save_for_backward(x, s, seeds, *tensors, *scales)
         return tuple(outputs)
