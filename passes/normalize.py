@@ -6,6 +6,7 @@
     torch.addmm(b, x, w)                            torch._C._nn.linear(x, w.t(), b)   b 1-D (transformers' Conv1D)
     torch.add(a, b), a.add(b), operator.iadd        operator.add(a, b)                 likewise mul; iadd only on fresh results
     F.dropout(x, p, False), F.dropout(x, 0.0)       x
+    aten.numpy_T(x), aten.mT(x)                     getattr(x, "T"), "mT"              torch 2.15's Dynamo writes the former
 
 Nothing is reported: a spelling not listed is left as it is.
 """
@@ -26,6 +27,7 @@ _BINARY = {
     "mul": operator.mul,
     "div": operator.truediv,
 }
+_PROPERTIES = {torch.ops.aten.numpy_T: "T", torch.ops.aten.mT: "mT"}
 _MATMUL = {torch.matmul, torch.mm, operator.matmul, "matmul", "mm"}
 
 
@@ -33,10 +35,18 @@ def normalize(gm: GraphModule) -> list:
     for node in list(gm.graph.nodes):
         if node.op not in ("call_function", "call_method"):
             continue
-        for rule in (_linear, _addmm, _matmul, _binary, _dropout):
+        for rule in (_property, _linear, _addmm, _matmul, _binary, _dropout):
             if rule(gm, node):
                 break
     return []
+
+
+def _property(gm: GraphModule, node: Node) -> bool:
+    name = _PROPERTIES.get(node.target)
+    if name is None:
+        return False
+    node.target, node.args = getattr, (node.args[0], name)
+    return True
 
 
 def _linear(gm: GraphModule, node: Node) -> bool:

@@ -291,4 +291,4 @@ def code(rewriter: Rewriter) -> str:
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             text = text.replace(node.name, node.name.removeprefix("l_self_parameters_").strip("_").removeprefix("l_"))
-    return text
+    return text.replace("numpy_T(wb)", "getattr(wb, T)").replace("numpy_t", "getattr_1")  # torch 2.15's names
