@@ -82,10 +82,6 @@ def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b).to(dtype)
 
 
-def _product(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return a @ b if bias is None else torch.addmm(bias, a, b)
-
-
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, spec: Spec, seeds, x, *tensors):
@@ -103,7 +99,7 @@ class _LoraLinear(torch.autograd.Function):
                 bases, scales = fp8_linear.products(x, weights, totals)
                 outputs = [accumulate_mm(*operands) for operands in zip(bases, parts, factors, strict=True)]
             else:
-                summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else map(_product, totals, parts, factors)
+                summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else map(low_rank.reference, parts, factors, totals)
                 outputs = [accumulate_mm(y, x, weight.to(spec.dtype).t()) for y, weight in zip(summands, weights, strict=True)]
         ctx.spec = spec
         ctx.save_for_backward(x, s, seeds, *tensors, *scales)
