@@ -26,12 +26,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastft.kernels import fp8_linear, lora_grads, low_rank, low_rank_dropout
-from fastft.kernels.accumulate import LIBRARY, accumulate_mm
-from fastft.kernels.lora_adapters import Spec, b_of, bias_of, columns, dropped, low_rank_input, mask_arguments, split, stack
-from fastft.kernels.low_rank import low_rank_mm, low_rank_mm_dropout, low_rank_mms
+from fastft.kernels import lora_grads, low_rank
+from fastft.kernels.accumulate import LIBRARY
+from fastft.kernels.lora_adapters import Spec, low_rank_input, split
+from fastft.kernels.lora_products import added, input_grad, k_extended, low_rank_a_grads, low_rank_grads, parameter_grads
 from fastft.kernels.packed import PAD
-from fastft.kernels.packed import op as packed_linears
 
 # Rows of x from which the kernels are used (see `choose`).
 MIN_ROWS = 4096
@@ -58,28 +57,19 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
-    device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast and x.is_floating_point() else x.dtype
+    dtype = arithmetic(x)
     ranks = tuple(a.shape[0] for a in lora_a)
     saves = not any(dropout) and few_rows(x) and sum(ranks) * SAVED_PART <= math.prod(x.shape[:-1])
     spec = Spec(len(weights), ranks, tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype, saves)
     if seeds is not None:
         seeds = seeds.reshape(seeds.shape[0], -1)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x.device.type, enabled=False):
         outputs = _LoraLinear.apply(spec, seeds, x.reshape(-1, x.shape[-1]), *weights, *biases, *lora_a, *lora_b, *lora_biases)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outputs]
 
 
 LIBRARY.impl("lora_linear", lora_linear, "CompositeImplicitAutograd")
 op = torch.ops.fastft.lora_linear.default
-
-
-def _mm(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b in `dtype`: straight from the float32 accumulator where the device can."""
-    if dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16) and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return torch.mm(a, b).to(dtype)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -89,18 +79,13 @@ class _LoraLinear(torch.autograd.Function):
         ctx.x_dtype, scales = x.dtype, []
         x = x.to(spec.dtype)
         if spec.forward == "k_extended":
-            x, s, outputs = _k_extended(spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases)
+            # Inductor writes x straight into the wider buffer, as long as nothing else reads it.
+            extended = torch.cat([x, x.new_zeros((x.shape[0], PAD))], 1)
+            x = extended[:, : x.shape[1]]
+            s, outputs = k_extended(spec, seeds, extended, weights, biases, lora_a, lora_b, lora_biases)
         else:
             s = low_rank_input(spec, seeds, x, lora_a)
-            parts = [s[:, start:end] for start, end in columns(spec)]
-            factors = [b_of(spec, lora_b, i).t() for i in range(spec.linears)]
-            totals = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
-            if spec.forward == "fp8":
-                bases, scales = fp8_linear.products(x, weights, totals)
-                outputs = [accumulate_mm(*operands) for operands in zip(bases, parts, factors, strict=True)]
-            else:
-                summands = low_rank_mms(s, factors, totals) if spec.forward == "outer" else map(low_rank.reference, parts, factors, totals)
-                outputs = [accumulate_mm(y, x, weight.to(spec.dtype).t()) for y, weight in zip(summands, weights, strict=True)]
+            outputs, scales = added(spec, x, s, weights, biases, lora_b, lora_biases)
         ctx.spec = spec
         ctx.save_for_backward(x, s, seeds, *tensors, *scales)
         return tuple(outputs)
@@ -108,114 +93,21 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         spec = ctx.spec
-        with torch.autocast(grads[0].device.type, enabled=False):
-            dx, *rest = _backward(spec, ctx.needs_input_grad[2:], ctx.saved_tensors, grads)
+        x, s, seeds, *tensors = ctx.saved_tensors
+        weights, _, lora_a, lora_b, _ = split(spec, tensors)
+        needs_x, needs = ctx.needs_input_grad[2], ctx.needs_input_grad[3:]
+        with torch.autocast(x.device.type, enabled=False):
+            ds, db = low_rank_grads(spec, needs, s, grads, lora_b)
+            da = low_rank_a_grads(spec, needs, seeds, ds, x, lora_a)
+            rest = parameter_grads(spec, needs, tensors, x, grads, da, db)
+            dx = input_grad(spec, seeds, ds, grads, weights, lora_a, tensors[-spec.linears :]) if needs_x else None
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
 
 
-def _k_extended(spec: Spec, seeds, x, weights, biases, lora_a, lora_b, lora_biases):
-    """`(x, s, outputs)` by the K-extended GEMMs; x comes back as a view of its padded buffer."""
-    k = x.shape[1]
-    # Inductor writes x straight into the wider buffer, as long as nothing else reads it.
-    extended = torch.cat([x, x.new_zeros((x.shape[0], PAD))], 1)
-    x = extended[:, :k]
-    if any(spec.dropout):
-        s = low_rank_input(spec, seeds, x, lora_a)
-        low_rank = torch.nn.functional.pad(s, (0, PAD - s.shape[1]))
-    else:
-        low_rank = stack(spec, lora_a, PAD)
-    tails = [torch.nn.functional.pad(b_of(spec, lora_b, i), (start, PAD - end)) for i, (start, end) in enumerate(columns(spec))]
-    total = [bias_of(spec, biases, lora_biases, i) for i in range(spec.linears)]
-    s, *outputs = packed_linears(extended, low_rank, any(spec.dropout), list(weights), tails, total)
-    return x, s[:, : sum(spec.ranks)], outputs
-
-
-def _low_rank_grads(spec: Spec, s, dy, lora_b, needed: list[bool]) -> tuple[Tensor, list[Tensor | None]]:
-    """dS of the group, [M, sum r], and dB of each linear, [N, its r], or None where it is not needed."""
-    factors = [b_of(spec, lora_b, i) for i in range(spec.linears)]
-    if spec.backward == "one_read" and any(needed):
-        ds, db = (parts.sum(0) for parts in lora_grads.lora_grads(dy, s, factors))
-        db = _cast(db, lora_b).split([b.numel() for b in factors])
-        return ds.to(spec.dtype), [part.view_as(b) for part, b in zip(db, factors, strict=True)]
-    ds = [y @ b for y, b in zip(dy, factors, strict=True)]
-    dtype = _grad_dtype(spec, lora_b)
-    db = [_mm(dy[i].t(), s[:, start:end], dtype) if needed[i] else None for i, (start, end) in enumerate(columns(spec))]
-    return torch.cat(ds, 1) if len(ds) > 1 else ds[0], db
-
-
-def _grad_dtype(spec: Spec, adapters) -> torch.dtype:
-    """What a GEMM writes for the gradients of adapters: their dtype, where a cast would be a launch of its own, else float32 or wider."""
-    return spec.dtype if all(a.dtype == spec.dtype for a in adapters) else torch.promote_types(spec.dtype, torch.float32)
-
-
-def _cast(total: Tensor, adapters) -> Tensor:
-    """The gradients of all adapters in one tensor in their dtype, in one kernel; as they are where they have several."""
-    dtypes = {adapter.dtype for adapter in adapters}
-    return total.to(*dtypes) if len(dtypes) == 1 else total
-
-
-def _scaled_mm(spec: Spec, ds: Tensor, x: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
-    """scaling_j dA_j = scaling_j dS^T x of the group; scaled inside the GEMM where all have one scaling and x's dtype."""
-    if {a.dtype for a in lora_a} == {spec.dtype} and len(set(spec.scaling)) == 1:
-        # beta = 0: the summand is not read
-        return torch.addmm(lora_a[0][:1], ds.t(), x, beta=0, alpha=spec.scaling[0]).split(spec.ranks)
-    return _scaled(spec, _mm(ds.t(), x, _grad_dtype(spec, lora_a)), lora_a)
-
-
-def _scaled(spec: Spec, total: Tensor, lora_a) -> tuple[Tensor, ...] | list[Tensor]:
-    """scaling_j dA_j from dS^T x of the group; one kernel where all have one scaling."""
-    if len(set(spec.scaling)) == 1:
-        return _cast(total * spec.scaling[0], lora_a).split(spec.ranks)
-    return [part * scaling for part, scaling in zip(total.split(spec.ranks), spec.scaling, strict=True)]
-
-
-def _backward(spec: Spec, needs, saved, dy):
-    x, s, seeds, *tensors = saved
-    weights, biases, lora_a, lora_b, lora_biases = split(spec, tensors)
-    needs_x, (need_w, need_bias, need_a, need_b, need_lora_bias) = needs[0], split(spec, needs[1:])
-    d_weights, d_biases = [None] * spec.linears, [None] * spec.linears
-    d_a, d_b, d_lora_biases = ([None] * len(spec.ranks) for _ in range(3))
-    wide = torch.promote_types(spec.dtype, torch.float32)
-    ds, db = _low_rank_grads(spec, s, dy, lora_b, [any(need_b[j] for j in spec.owned(i)) for i in range(spec.linears)])
-    for i in range(spec.linears):
-        owned = spec.owned(i)
-        if db[i] is not None:
-            for j, part in zip(owned, db[i].split([spec.ranks[j] for j in owned], 1), strict=True):
-                d_b[j] = part.to(lora_b[j].dtype) if need_b[j] else None
-        if need_w[i]:
-            d_weights[i] = _mm(dy[i].t(), x, weights[i].dtype)
-        if need_bias[i] or any(need_lora_bias[j] for j in owned):
-            total = dy[i].sum(0, dtype=wide)
-            d_biases[i] = total.to(biases[i].dtype) if need_bias[i] else None
-            for j in owned:
-                if need_lora_bias[j]:
-                    d_lora_biases[j] = (total * spec.scaling[j]).to(lora_biases[j].dtype)
-    if any(need_a):
-        if not any(spec.dropout):
-            parts = _scaled_mm(spec, ds, x, lora_a)
-        elif arguments := mask_arguments(spec, seeds, x):
-            parts = _scaled(spec, low_rank_dropout.dropped_grad(ds, x, *arguments).sum(0), lora_a)
-        else:
-            parts = ds.split(spec.ranks, 1)
-            parts = [_mm(parts[j].t(), dropped(spec, seeds, x, j), wide) * spec.scaling[j] if need_a[j] else None for j in range(len(spec.ranks))]
-        for j, part in enumerate(parts):
-            d_a[j] = part.to(lora_a[j].dtype) if need_a[j] else None
-    dx = None
-    if needs_x and spec.forward == "fp8":
-        dx, stacked = fp8_linear.gradient(dy, weights, saved[-spec.linears :]), stack(spec, lora_a)
-        if any(spec.dropout):
-            dx = dx + low_rank_mm_dropout(ds, stacked, seeds, spec.ranks, spec.dropout)
-        else:
-            dx = accumulate_mm(dx, ds, stacked)
-    elif needs_x:
-        stacked = stack(spec, lora_a)
-        if any(spec.dropout):
-            dx = low_rank_mm_dropout(ds, stacked, seeds, spec.ranks, spec.dropout)
-        else:
-            dx = low_rank_mm(ds, stacked, None) if spec.backward == "one_read" else ds @ stacked
-        for i, w in enumerate(weights):
-            dx = accumulate_mm(dx, dy[i], w.to(spec.dtype))
-    return (dx, *d_weights, *d_biases, *d_a, *d_b, *d_lora_biases)
+def arithmetic(x: Tensor) -> torch.dtype:
+    """The dtype that a linear on x computes in: autocast's where that is on, else x's."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.is_floating_point() else x.dtype
 
 
 def few_rows(x: Tensor) -> bool:
