@@ -17,7 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fastft import _torch, match
 from fastft.kernels import lora_linear
 from fastft.kernels.packed import PAD
-from fastft.report import Report
+from fastft.report import Report, Rewrite
 
 # Parameters that fastft laid out, with the address it gave them. A stride of K + 64 alone proves nothing: the columns behind
 # a slice that somebody else made hold somebody else's data.
@@ -88,6 +88,11 @@ def _is_normalised(x: Node) -> bool:
     return False
 
 
+def _rows(report: Report, call: Node) -> list[Rewrite]:
+    """The report's rows of a call: those of its op that name its module."""
+    return [row for row in report.rewrites if row.op == match.op_name(call) and match.module_path(call) in row.fqn]
+
+
 def pack_weights(gm: GraphModule, example_inputs: Sequence[Any], report: Report) -> None:
     """Switches the groups of `gm` whose weights are packed to the K-extended form; packs the others first.
 
@@ -95,9 +100,10 @@ def pack_weights(gm: GraphModule, example_inputs: Sequence[Any], report: Report)
         Dynamo's restart of the frame, where a parameter moved.
     """
     values = dict(zip((node for node in gm.graph.nodes if node.op == "placeholder"), example_inputs, strict=True))
-    calls = [node for node in gm.graph.nodes if node.target is lora_linear.op]
     moved = False
-    for call, row in zip(calls, [row for row in report.rewrites if row.pass_name == "lora_linear"], strict=False):
+    for call in gm.graph.nodes:
+        if call.target is not lora_linear.op:
+            continue
         x, weights, _, lora_a = call.args[:4]
         params = [values.get(weight) for weight in weights]
         outputs = sum(match.value(weight).shape[0] for weight in weights)
@@ -109,8 +115,9 @@ def pack_weights(gm: GraphModule, example_inputs: Sequence[Any], report: Report)
             if not is_packed(param):
                 _pack(param)
                 moved = True
+        for row in _rows(report, call):
+            row.provider = row.provider.replace(call.args[-2], "k_extended")
         call.args = (*call.args[:-2], "k_extended", call.args[-1])
-        row.provider = f"k_extended+{call.args[-1]}"
     if moved:
         raise _torch.RestartAnalysis(restart_reason="fastft packed frozen weights")
     gm.recompile()

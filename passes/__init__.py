@@ -11,6 +11,7 @@ from fastft.passes.float_attributes import float_attributes
 from fastft.passes.fp8_compute import fp8_compute
 from fastft.passes.linear_cross_entropy import linear_cross_entropy
 from fastft.passes.lora_linear import lora_linear
+from fastft.passes.lora_mlp import lora_mlp
 from fastft.passes.normalize import normalize
 from fastft.passes.quant_linear import quant_linear
 from fastft.passes.rope import rope
@@ -29,6 +30,7 @@ STAGE_1 = [
     lora_linear,  # sibling linears with adapters -> fastft::lora_linear
     linear_cross_entropy,  # lm_head and its loss -> fastft::linear_cross_entropy, logits made when they are read
     fp8_compute,  # with options={"base_compute": "fp8"}: frozen linears -> fastft::fp8_linear, also those of fastft::lora_linear
+    lora_mlp,  # gate, up and down with adapters -> fastft::lora_mlp, where kernels add the low-rank terms in passing
 ]
 
 # Stage 4, on Inductor's forward and backward graph, after its own patterns (`Graph -> int`, the number of changes):

@@ -43,7 +43,7 @@ _LOSS = re.compile(r"cross_entropy|nll_loss|log_?softmax|softmax_?(fwd|bwd|forwa
 _QUANTIZE = re.compile(r"quantize", re.I)
 _OPTIMIZER = re.compile(r"multi_tensor|fused_?adam|_foreach|lpnorm|clip_grad|Optimizer\.", re.I)
 _COPY = re.compile(r"memcpy|memset|copy|CatArray|aten::(cat|clone|contiguous|_to_copy|to|fill_|zero_|zeros|copy_)$|FillFunctor", re.I)
-_ELEMENTWISE = re.compile(r"triton|elementwise|reduce|norm|rope|rotary|swiglu|silu|geglu|softmax|index|gather|scatter|embedding|cumsum|dropout", re.I)
+_ELEMENTWISE = re.compile(r"triton|elementwise|reduce|norm|rope|rotary|swiglu|silu|geglu|gated|softmax|index|gather|scatter|embedding|cumsum|dropout", re.I)
 
 Event = dict[str, Any]
 

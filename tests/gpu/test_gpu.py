@@ -11,7 +11,7 @@ from conftest import ROOT  # noqa: F401
 
 import fastft
 from fastft.kernels import dropout as masks
-from fastft.kernels import lora_grads, lora_linear, low_rank, low_rank_dropout
+from fastft.kernels import gated, lora_grads, lora_linear, low_rank, low_rank_dropout
 
 BF16 = torch.bfloat16
 
@@ -74,6 +74,22 @@ def test_low_rank_mm(ranks, dropout):
     assert (low_rank.low_rank_mm(s, b, bias) - want).norm() / want.norm() < 3e-3
 
 
+@pytest.mark.parametrize("m, n, ranks", [(8192, 14336, (16, 16, 16)), (4097, 1000, (3, 16, 32)), (64, 128, (1, 1, 1)), (513, 136, (5, 3, 1))])
+@pytest.mark.parametrize("activation", gated.ACTIVATIONS)
+def test_gated(m, n, ranks, activation):
+    p, q, r = ranks
+    rand = lambda *shape: torch.randn(shape, device="cuda").to(BF16)  # noqa: E731
+    s = rand(m, q + r + 4) / 4
+    args = (rand(m, n), rand(m, n), s[:, :q], s[:, q : q + r], rand(n, q).t() / 4, rand(r, n) / 4)
+    full = (rand(m, n), rand(m, p) / 4, rand(p, n) / 4, *args)
+    *grads, da = gated.gated_backward(*full, activation)
+    got = [gated.gated(*args, activation), *grads, da.sum(0)[None]]
+    exact = lambda tensors: [tensor.double() for tensor in tensors]  # noqa: E731
+    want = [gated.reference(*exact(args), activation), *gated.reference_backward(*exact(full), activation)]
+    for one, other in zip(got, want, strict=True):
+        assert (one - other).norm() / other.norm() < 3e-3
+
+
 def step(model, call, batch):
     model.zero_grad()
     loss = call(**batch).loss
@@ -81,7 +97,7 @@ def step(model, call, batch):
     return {"loss": loss.detach().double()} | {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("options, dropout", [({}, 0.0), ({"pack_weights": True}, 0.0), ({}, 0.1)])
+@pytest.mark.parametrize("options, dropout", [({}, 0.0), ({"disable": ["lora_mlp"]}, 0.0), ({"pack_weights": True, "disable": ["lora_mlp"]}, 0.0), ({}, 0.1)])
 def test_llama_trains_right(options, dropout):
     """4096 rows, so that every kernel is used; against float32 on the same weights and, with dropout, against its own masks."""
     torch._dynamo.reset()
@@ -92,7 +108,9 @@ def test_llama_trains_right(options, dropout):
     torch.manual_seed(0)
     got = step(model, compiled, batch)
     providers = {row.provider for report in fastft.reports() for row in report.rewrites}
-    assert any("one_read" in name for name in providers) and (not options or any("k_extended" in name for name in providers))
+    assert any("one_read" in name for name in providers)
+    assert any("k_extended" in name for name in providers) == ("pack_weights" in options)
+    assert any("gated" in name for name in providers) == (not options and not dropout)
     torch.manual_seed(0)
     again = step(model, compiled, batch)
     # The same seed gives the same masks. Attention's backward adds in any order: Inductor alone differs by 1.7e-4 from run to run.

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from conftest import assert_same, batch_for, lora_modules, tiny_lora
+from conftest import Lowered, assert_same, batch_for, lora_modules, tiny_lora
 
 import fastft
 from fastft.kernels import lora_linear as kernel
@@ -69,10 +69,10 @@ def test_lm_head(arch, rewriter):
     assert rewriter.modules == lora_modules(model) == ["lm_head", "model.layers.0.self_attn.q_proj"]
 
 
-def test_gemms_add_into_the_buffers_of_one_launch(lowered, monkeypatch):
+def test_gemms_add_into_the_buffers_of_one_launch(monkeypatch):
     """With the providers of GPUs: one op makes the summands of a group, and every GEMM writes into its own."""
     monkeypatch.setattr(kernel, "choose", lambda *args: ("outer", "one_read"))
-    model = tiny_lora()
+    model, lowered = tiny_lora(), Lowered(disable=["lora_mlp"])
     assert_same(model, lowered.compile(model), batch_for(model))
     names = [node.target for graph in lowered.aten for node in graph.graph.nodes]
     ops = torch.ops.fastft

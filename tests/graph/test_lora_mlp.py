@@ -1,0 +1,225 @@
+"""lora_mlp on whole models, with the providers of GPUs: every gated MLP is found, loss and gradients keep the contract, what is left says why."""
+
+import pytest
+import torch
+from conftest import Lowered, Rewriter, assert_same, batch_for, tiny_lora, tiny_qlora
+from torch import nn
+
+from fastft.kernels import lora_linear as kernel
+from fastft.passes.lora_mlp import DROPOUT, READ, SIBLINGS, STATE, TRAINED
+
+# architecture -> its activation; gemma's are gelus, qwen2 has biases, granite scales, olmo2 norms after, cohere attention beside it on the same input
+ACTIVATIONS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "cohere"), "silu")
+ACTIVATIONS |= dict.fromkeys(("gemma", "gemma2", "gemma3_text"), "gelu_tanh")
+
+
+@pytest.fixture(autouse=True)
+def streams(monkeypatch):
+    monkeypatch.setattr(kernel, "choose", lambda *args: ("outer", "one_read"))
+
+
+@pytest.fixture
+def found() -> Rewriter:
+    return Rewriter(of="lora_mlp")
+
+
+def mlps(layers: int) -> list[list[str]]:
+    return [[f"model.layers.{i}.mlp.{name}_proj" for name in ("gate", "up", "down")] for i in range(layers)]
+
+
+@pytest.mark.parametrize("arch", ACTIVATIONS)
+def test_every_mlp(arch, found):
+    model = tiny_lora(arch, layers=3)
+    assert_same(model, found.compile(model), batch_for(model))
+    assert found.groups == mlps(3) and not found.misses
+    assert found.providers == {f"gated {ACTIVATIONS[arch]}, outer+one_read": 3}
+
+
+@pytest.mark.parametrize("adapters", [torch.float32, torch.bfloat16])
+def test_bf16(adapters, found):
+    model = tiny_lora(dtype=torch.bfloat16, autocast_adapter_dtype=adapters == torch.float32)
+    assert_same(model, found.compile(model), batch_for(model), dtype=torch.bfloat16)
+    assert found.groups == mlps(1)
+
+
+def test_quantized(found):
+    model = tiny_qlora(layers=2, dtype=torch.bfloat16)
+    assert_same(model, found.compile(model), batch_for(model), dtype=torch.bfloat16)
+    assert found.groups == mlps(2) and not found.misses
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_checkpointed(reentrant, found):
+    plain, model = tiny_lora(layers=2), tiny_lora(layers=2)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    assert_same(plain, found.compile(model), batch_for(model))  # what is recomputed in the backward would not be in float64
+    assert found.groups == mlps(2)
+
+
+def test_evaluation_and_two_adapters(found):
+    model = tiny_lora(layers=1)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    assert_same(model, found.compile(model), batch_for(model))
+    assert found.groups == mlps(1)
+    batch = batch_for(model)
+    with torch.no_grad():
+        torch.testing.assert_close(found.compile(model.eval())(**batch).logits.clone(), model(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_lowered_graphs():
+    """In AOTAutograd's graphs: one kernel in each direction, h neither saved nor written in the backward, nothing added to g and u."""
+    lowered, model = Lowered(of="lora_mlp"), tiny_lora()
+    assert_same(model, lowered.compile(model), batch_for(model))
+    ops, forward = torch.ops.fastft, lowered.aten[0]
+    targets = [[node.target for node in graph.graph.nodes] for graph in lowered.aten]
+    assert targets[0].count(ops.gated.default) == targets[1].count(ops.gated_backward.default) == 1
+    assert [graph.count(ops.accumulate_mm_.default) for graph in targets] == [5, 6]  # without gate, up; without down
+    (gate,) = (node for node in forward.graph.nodes if node.target is ops.gated.default)
+    (output,) = (node for node in forward.graph.nodes if node.op == "output")
+    saved = output.all_input_nodes
+    assert gate not in saved and set(gate.args[:2]) <= set(saved)
+
+
+class Mlp(nn.Module):
+    """Hand-written, with LoRA as peft does it; subclasses say what else happens to the gate, up and their product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"gate": (16, 24), "up": (16, 24), "down": (24, 16), "more": (24, 16), "other": (16, 16)}
+        self.base = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).requires_grad_(False)
+        self.a = nn.ModuleDict({name: nn.Linear(size[0], 2, bias=False) for name, size in sizes.items()})
+        self.b = nn.ModuleDict({name: nn.Linear(2, size[1], bias=False) for name, size in sizes.items()})
+
+    def linear(self, name, x):
+        return self.base[name](x) + self.b[name](self.a[name](x)) * 2.0
+
+    def product(self, x):
+        return nn.functional.silu(self.linear("gate", x)) * self.linear("up", x)
+
+    def forward(self, x):
+        return self.linear("down", self.product(x))
+
+
+class Reads(Mlp):
+    def forward(self, x):
+        h = self.product(x)
+        return self.linear("down", h) + h.mean()
+
+
+class ReadsGate(Mlp):
+    def forward(self, x):
+        gate = self.linear("gate", x)
+        return self.linear("down", nn.functional.silu(gate) * self.linear("up", x)) + gate.mean()
+
+
+class Siblings(Mlp):
+    def forward(self, x):
+        h = self.product(x)
+        return self.linear("down", h) + self.linear("more", h)
+
+
+class State(Mlp):
+    def forward(self, x):
+        h = self.product(x)
+        with torch.no_grad():
+            x = x + 1
+        return self.linear("down", h) + x
+
+
+class Trained(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base["down"].weight.requires_grad_()
+
+
+class Swapped(Mlp):
+    def product(self, x):
+        return self.linear("up", x) * nn.functional.gelu(self.linear("gate", x))
+
+
+class Parallel(Mlp):
+    def forward(self, x):
+        return self.linear("other", x) + super().forward(x)
+
+
+class Sigmoid(Mlp):
+    def product(self, x):
+        return torch.sigmoid(self.linear("gate", x)) * self.linear("up", x)
+
+
+class Squared(Mlp):
+    """One linear twice is no pair of gate and up."""
+
+    def product(self, x):
+        gate = self.linear("gate", x)
+        return nn.functional.silu(gate) * gate
+
+
+class Twice(Mlp):
+    """The gate of one x, up of another."""
+
+    def product(self, x):
+        return nn.functional.silu(self.linear("gate", x)) * self.linear("up", torch.sin(x))
+
+
+def run(model: nn.Module, found: Rewriter) -> None:
+    """Both calls give the same output and gradients."""
+    x, results = torch.randn(3, 5, 16, requires_grad=True), []
+    trained = [p for p in model.parameters() if p.requires_grad] + [x]
+    for call in (model, found.compile(model)):
+        y = call(x)
+        results.append([y.detach(), *torch.autograd.grad(y.square().sum(), trained, allow_unused=True)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, reason", [(Reads, READ), (ReadsGate, READ), (Siblings, SIBLINGS), (State, STATE), (Trained, TRAINED)])
+def test_reasons(kind, reason, found):
+    run(kind(), found)
+    assert found.misses == {reason: 1} and not found.groups
+
+
+def test_dropout_is_a_reason(found):
+    model = tiny_lora(lora_dropout=0.1)
+    found.compile(model)(**batch_for(model)).loss.backward()
+    assert found.misses == {DROPOUT: 1} and not found.groups
+
+
+@pytest.mark.parametrize("kind", [Sigmoid, Squared, Twice])
+def test_what_is_no_candidate(kind, found):
+    run(kind(), found)
+    assert not found.misses and not found.groups
+
+
+def test_either_order(found):
+    run(Swapped(), found)
+    assert found.groups == [["base.gate", "base.up", "base.down"]] and found.providers == {"gated gelu, outer+one_read": 1}
+
+
+def test_other_linears_on_the_same_input_stay_a_group(found):
+    run(Parallel(), found)
+    assert found.groups == [["base.gate", "base.up", "base.down"]] and found.sizes == [1] and not found.misses
+
+
+def test_few_rows_are_left_alone(found, monkeypatch):
+    """What makes the kernels worth their launches is `lora_linear.choose`'s to say."""
+    monkeypatch.undo()
+    model = tiny_lora()
+    assert_same(model, found.compile(model), batch_for(model))
+    assert not found.groups and not found.misses
+
+
+def test_disabled():
+    found, model = Rewriter(of="lora_mlp", disable=["lora_mlp"]), tiny_lora()
+    assert_same(model, found.compile(model), batch_for(model))
+    assert not found.groups and found.sizes == [3, 1, 2, 1]
+
+
+def test_partial_targets(found):
+    model = tiny_lora(target_modules=["gate_proj", "down_proj"])
+    assert_same(model, found.compile(model), batch_for(model))
+    assert not found.groups and not found.misses
