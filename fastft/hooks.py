@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 import fastft.kernels
 import fastft.passes
 from fastft import _torch
+from fastft.kernels import warmup
 from fastft.kernels.dequantize import dequantize_4bit
 from fastft.kernels.lora_adapters import RECOMPUTE, SAVE
 from fastft.options import Options
@@ -57,6 +58,7 @@ class PassManager(_torch.CustomGraphPass):
             runs.remove(failed)
         for run in runs:
             run(graph)
+        warmup.prepare(graph)
 
     def _trial(self, graph: Graph, runs: list[Callable[[Graph], int]]) -> Callable[[Graph], int] | None:
         """Applies `runs` to `graph`; the first one that raised, or None."""

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from fastft.kernels import warmup
 from fastft.kernels.guard import guarded
 
 try:
@@ -202,7 +203,8 @@ def launch(
     rows, vocabulary = logits.shape
     losses = logits.new_empty(rows, dtype=torch.float32)
     with torch.cuda.device_of(logits):
-        softmax_kernel[(min(rows, grid),)](
+        warmup.launch(
+            softmax_kernel, (min(rows, grid),),
             logits, labels, losses if row_scale is None else row_scale, losses, rows, vocabulary, logits.stride(0),
             float(scale), float(softcap), float(label_smoothing), float(z_loss),
             GRAD=grad, SOFTCAP=softcap != 0, SMOOTH=label_smoothing != 0, ROW_SCALE=row_scale is not None,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 
@@ -142,7 +143,7 @@ if triton is not None:
 def words(packed: Tensor, size: int) -> Tensor:
     """The bytes of `packed` as integers of `size` bytes, of fewer where their number or address asks for it."""
     packed = packed.contiguous().view(torch.uint8).reshape(-1)
-    while packed.numel() % size or packed.data_ptr() % size:
+    while packed.numel() % size or warmup.address(packed) % size:
         size //= 2
     return packed.view({4: torch.int32, 2: torch.int16, 1: torch.uint8}[size])
 
@@ -158,8 +159,8 @@ def launch(
     vec = 2 * packed.element_size()
     absmax, absmax_8bit, absmax_code, absmax_offset = (x.contiguous() for x in ((absmax, absmax_8bit, absmax_code, absmax_offset) if nested else (absmax,) * 4))
     with torch.cuda.device_of(packed):
-        dequantize_kernel[(triton.cdiv(n, tile),)](
-            packed, absmax, absmax_8bit, absmax_code, absmax_offset, out, n, blocksize.bit_length() - 1,
+        warmup.launch(
+            dequantize_kernel, (triton.cdiv(n, tile),), packed, absmax, absmax_8bit, absmax_code, absmax_offset, out, n, blocksize.bit_length() - 1,
             BITS=BITS[quant_type], NESTED=nested, ROWS=tile // vec, VEC=vec, num_warps=warps,
         )  # fmt: skip
     return out
@@ -182,6 +183,7 @@ LIBRARY.impl("dequantize_4bit", _cuda, "CUDA")
 torch.library.register_fake("fastft::dequantize_4bit", _fake, lib=LIBRARY)
 
 dequantize_4bit = torch.ops.fastft.dequantize_4bit.default
+warmup.IMPLEMENTATIONS[dequantize_4bit] = _cuda
 
 
 @register_flop_formula(torch.ops.fastft.dequantize_4bit)

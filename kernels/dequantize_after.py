@@ -7,7 +7,7 @@ of `after` in another layout.
 import torch
 from torch import Tensor
 
-from fastft.kernels import dequantize
+from fastft.kernels import dequantize, warmup
 from fastft.kernels.accumulate import LIBRARY
 
 LIBRARY.define(
@@ -25,3 +25,4 @@ LIBRARY.impl("dequantize_4bit_after", _dequantize, "CompositeExplicitAutograd")
 torch.library.register_fake("fastft::dequantize_4bit_after", _dequantize, lib=LIBRARY)
 
 dequantize_after = torch.ops.fastft.dequantize_4bit_after.default
+warmup.IMPLEMENTATIONS[dequantize_after] = lambda *args: warmup.IMPLEMENTATIONS[dequantize.dequantize_4bit](*args[:-1])

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 from fastft.kernels.lora_grads import padded, row_blocks
@@ -169,7 +170,8 @@ def launch(g, u, s_g, s_u, b_g, b_u, activation: str) -> Tensor:
     g, u, s_g, s_u = map(unit_columns, (g, u, s_g, s_u))
     m, n = g.shape
     h = g.new_empty((m, n))
-    gated_kernel[(triton.cdiv(m, BLOCK_M * STEPS), triton.cdiv(n, BLOCK_N))](
+    warmup.launch(
+        gated_kernel, (triton.cdiv(m, BLOCK_M * STEPS), triton.cdiv(n, BLOCK_N)),
         g, u, s_g, s_u, b_g, b_u, h, m, n, g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
         RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS, activation, s_g, s_u),
     )  # fmt: skip
@@ -182,7 +184,8 @@ def launch_backward(dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation: str) -> tup
     m, n = g.shape
     blocks = _blocks(m)
     dg, du, da = g.new_empty((m, n)), g.new_empty((m, n)), g.new_empty((blocks, ds.shape[1], n), dtype=torch.float32)
-    gated_backward_kernel[(blocks, triton.cdiv(n, BLOCK_N))](
+    warmup.launch(
+        gated_backward_kernel, (blocks, triton.cdiv(n, BLOCK_N)),
         dh, ds, a, g, u, s_g, s_u, b_g, b_u, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
         g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
         RANK_D=ds.shape[1], RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS_BACKWARD, activation, ds, s_g, s_u),
@@ -230,6 +233,7 @@ for _name, _cpu, _gpu, _meta in (("gated", reference, _cuda, _fake), ("gated_bac
 
 gated = torch.ops.fastft.gated.default
 gated_backward = torch.ops.fastft.gated_backward.default
+warmup.IMPLEMENTATIONS.update({gated: _cuda, gated_backward: _cuda_backward})
 
 
 @register_flop_formula(torch.ops.fastft.gated)

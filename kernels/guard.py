@@ -5,6 +5,8 @@ from typing import TypeVar
 
 import torch
 
+from fastft.kernels import warmup
+
 T = TypeVar("T")
 
 
@@ -15,6 +17,8 @@ def guarded(name: str, kernel: Callable[[], T], fallback: Callable[[], T]) -> T:
         torch.cuda.OutOfMemoryError: always the caller's to see.
         Exception: what the kernel raised, where a graph of this process was compiled with `strict`.
     """
+    if warmup.preparing():
+        return kernel()
     try:
         return kernel()
     except torch.cuda.OutOfMemoryError:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastft.kernels import cross_entropy
+from fastft.kernels import cross_entropy, warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.lora_adapters import RECOMPUTE
 from fastft.kernels.valid_rows import TAGS, rows_on_host, valid_rows
@@ -263,6 +263,16 @@ LIBRARY.impl("linear_cross_entropy_chunks", _chunks, "CPU")
 LIBRARY.impl("linear_cross_entropy_chunks", _chunks, "CUDA")
 torch.library.register_fake("fastft::linear_cross_entropy_chunks", _fake, lib=LIBRARY)
 chunks = torch.ops.fastft.linear_cross_entropy_chunks.default
+
+
+def _launches(hidden, weight, bias, labels, low_rank, lora_b, row_scale, order, count, *rest) -> None:
+    """The kernel of a chunk alone: how many chunks there are is in `count`. `rest`: the numbers and `needs`."""
+    logits = cross_entropy.buffer(hidden.shape[0], weight.shape[0], hidden)
+    for targets in (labels, labels.clone()):  # as they are, or picked
+        cross_entropy.softmax_step(logits, targets, row_scale, *rest[:-1], any(rest[-1]))
+
+
+warmup.IMPLEMENTATIONS[chunks] = _launches
 
 
 @register_flop_formula(torch.ops.fastft.linear_cross_entropy_chunks)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 from fastft.kernels.low_rank import before, unit_columns
@@ -138,7 +139,8 @@ def launch(dy: list[Tensor], s: Tensor, b: list[Tensor], config: tuple[int, int,
     widths, ranks = tuple(y.shape[1] for y in dy), tuple(matrix.shape[1] for matrix in b)
     spans, blocks = _parts(dy, config)
     ds, db = _empty(dy, s, b, spans, blocks)
-    lora_grads_kernel[(blocks, spans, len(dy))](
+    warmup.launch(
+        lora_grads_kernel, (blocks, spans, len(dy)),
         dy, s, b, ds, db, s.shape[0], widths, s.shape[1], db.shape[1], tuple(y.stride(0) for y in dy), s.stride(0),
         tuple(matrix.stride(0) for matrix in b), tuple(column_spans(n, block_n)[1] for n in widths), before([matrix.numel() for matrix in b]),
         STARTS=before(ranks), RANKS=ranks, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_R=max(16, triton.next_power_of_2(max(ranks))),
@@ -169,6 +171,7 @@ LIBRARY.impl("lora_grads", reference, "CPU")
 LIBRARY.impl("lora_grads", _cuda, "CUDA")
 torch.library.register_fake("fastft::lora_grads", _fake, lib=LIBRARY)
 lora_grads = torch.ops.fastft.lora_grads.default
+warmup.IMPLEMENTATIONS[lora_grads] = _cuda
 
 
 @register_flop_formula(torch.ops.fastft.lora_grads)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 from fastft.kernels import dropout as masks
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 
@@ -164,7 +165,8 @@ def launch(s: Tensor, b: list[Tensor], biases: list[Tensor | None]) -> list[Tens
     m, ranks, widths = s.shape[0], tuple(t.shape[0] for t in b), tuple(t.shape[1] for t in b)
     biased = tuple(bias is not None for bias in biases)
     outs = tuple(s.new_empty((m, n)) for n in widths)
-    low_rank_kernel[(triton.cdiv(m, BLOCK_M), sum(triton.cdiv(n, BLOCK_N) for n in widths))](
+    warmup.launch(
+        low_rank_kernel, (triton.cdiv(m, BLOCK_M), sum(triton.cdiv(n, BLOCK_N) for n in widths)),
         s, tuple(b), tuple(s if bias is None else bias for bias in biases), outs, m, widths,
         s.stride(0), tuple(t.stride(0) for t in b), tuple(t.stride(1) for t in b),
         STARTS=before(ranks), RANKS=ranks, BIASED=biased, HAS_BIAS=any(biased),
@@ -178,7 +180,8 @@ def launch_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: tuple[int, ...], 
     s = unit_columns(s)
     (m, _), n = s.shape, b.shape[1]
     out = s.new_empty((m, n))
-    low_rank_dropout_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N))](
+    warmup.launch(
+        low_rank_dropout_kernel, (triton.cdiv(m, BLOCK_M), triton.cdiv(n, BLOCK_N)),
         s, b, seeds, out, m, n, s.stride(0), b.stride(0), b.stride(1),
         STARTS=before(ranks), RANKS=ranks,
         LIMITS=tuple(map(masks.limit, dropout)), SCALES=tuple(map(masks.scale, dropout)),
@@ -238,6 +241,7 @@ for _name, _cpu, _gpu, _meta in (
 low_rank_mm = torch.ops.fastft.low_rank_mm.default
 low_rank_mms = torch.ops.fastft.low_rank_mms.default
 low_rank_mm_dropout = torch.ops.fastft.low_rank_mm_dropout.default
+warmup.IMPLEMENTATIONS.update({low_rank_mm: _cuda, low_rank_mms: _cuda_group, low_rank_mm_dropout: _cuda_dropout})
 
 
 @register_flop_formula([torch.ops.fastft.low_rank_mm, torch.ops.fastft.low_rank_mm_dropout])

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
 from fastft.kernels import dropout as masks
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 from fastft.kernels.lora_grads import padded, row_blocks
@@ -208,7 +209,8 @@ def launch_mm(x, a, seeds, columns, ranks: tuple[int, ...], dropout: tuple[float
     spans, span = column_spans(k, spans)
     out = x.new_empty((spans, m, r), dtype=torch.float32)
     for first, constants, (block_m, block_k, warps, stages) in _launches(configs, ranks, dropout):
-        dropped_mm_kernel[(triton.cdiv(m, block_m), spans)](
+        warmup.launch(
+            dropped_mm_kernel, (triton.cdiv(m, block_m), spans),
             x, a, seeds[first // 2 :], columns, out, m, k, r, x.stride(0), a.stride(0), span, **constants,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -222,7 +224,8 @@ def launch_grad(ds, x, seeds, columns, ranks: tuple[int, ...], dropout: tuple[fl
     rows = rows or block_rows(k)
     out = x.new_empty((row_blocks(m, rows), r, k), dtype=torch.float32)
     for first, constants, (block_m, block_k, warps, stages) in _launches(configs, ranks, dropout):
-        dropped_grad_kernel[(triton.cdiv(k, block_k), out.shape[0])](
+        warmup.launch(
+            dropped_grad_kernel, (triton.cdiv(k, block_k), out.shape[0]),
             ds, x, seeds[first // 2 :], columns, out, m, k, r, ds.stride(0), x.stride(0), rows, **constants,
             BLOCK_M=block_m, BLOCK_K=block_k, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -272,6 +275,7 @@ for _name, _cpu, _gpu, _fake in (
 
 dropped_mm = torch.ops.fastft.dropped_mm.default
 dropped_grad = torch.ops.fastft.dropped_grad.default
+warmup.IMPLEMENTATIONS.update({dropped_mm: _cuda_mm, dropped_grad: _cuda_grad})
 
 
 @register_flop_formula(torch.ops.fastft.dropped_mm)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
 
@@ -77,7 +78,7 @@ def launch(weight: Tensor) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     out, scale = weight.new_empty((n, k), dtype=E4M3), weight.new_empty((n,), dtype=torch.float32)
     with torch.cuda.device_of(weight):
-        quantize_weight_kernel[(n,)](weight, out, scale, weight.stride(0), K=k, BLOCK_K=BLOCK_K, num_warps=WARPS)
+        warmup.launch(quantize_weight_kernel, (n,), weight, out, scale, weight.stride(0), K=k, BLOCK_K=BLOCK_K, num_warps=WARPS)
     return out, scale
 
 
@@ -89,8 +90,9 @@ def launch_t(weights: list[Tensor], scales: list[Tensor]) -> Tensor:
         for w, scale in zip(weights, scales, strict=True):
             n = w.shape[0]
             grid = (triton.cdiv(n, TILE_N), triton.cdiv(k, TILE_K))
-            quantize_weight_t_kernel[grid](
-                w, scale, out[:, start:], n, k, w.stride(0), total, TILE_N=TILE_N, TILE_K=TILE_K, num_warps=TILE_WARPS
+            warmup.launch(
+                quantize_weight_t_kernel, grid, w, scale, out[:, start:], n, k, w.stride(0), total,
+                TILE_N=TILE_N, TILE_K=TILE_K, num_warps=TILE_WARPS,
             )  # fmt: skip
             start += n
     return out
@@ -127,6 +129,7 @@ for _name, _cpu, _gpu, _shapes in (("quantize_weight", reference, _cuda, _fake),
 
 quantize_weight = torch.ops.fastft.quantize_weight.default
 quantize_weights_t = torch.ops.fastft.quantize_weights_t.default
+warmup.IMPLEMENTATIONS.update({quantize_weight: _cuda, quantize_weights_t: _cuda_t})
 
 
 @register_flop_formula([torch.ops.fastft.quantize_weight, torch.ops.fastft.quantize_weights_t])
