@@ -43,10 +43,9 @@ BLOCK_M, BLOCK_N, WARPS, STAGES = 16, 128, 4, 3
 # Tiles that a program walks down. The backward's decide how many partial sums of dA there are: 8 tiles 370 us, 16 365, 32 360, 64 393.
 STEPS, STEPS_BACKWARD = 8, 32
 
-LIBRARY.define("gated(Tensor g, Tensor u, Tensor s_g, Tensor s_u, Tensor b_g, Tensor b_u, str activation) -> Tensor")
+LIBRARY.define("gated(Tensor g, Tensor u, Tensor s, Tensor b_g, Tensor b_u, str activation) -> Tensor")
 LIBRARY.define(
-    "gated_backward(Tensor dh, Tensor ds, Tensor a, Tensor g, Tensor u, Tensor s_g, Tensor s_u, Tensor b_g, Tensor b_u, str activation)"
-    " -> (Tensor, Tensor, Tensor)"
+    "gated_backward(Tensor dh, Tensor ds, Tensor a, Tensor g, Tensor u, Tensor s, Tensor b_g, Tensor b_u, str activation) -> (Tensor, Tensor, Tensor)"
 )
 
 aten = torch.ops.aten
@@ -63,16 +62,23 @@ def _sum(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(base.to(wide), s.to(wide), b.to(wide))
 
 
-def reference(g, u, s_g, s_u, b_g, b_u, activation: str) -> Tensor:
-    """g, u: [M, N], s_g: [M, R], b_g: [R, N], s_u: [M, Q], b_u: [Q, N], one dtype; returns h [M, N]. The specification."""
+def parts(s: Tensor, b_g: Tensor, b_u: Tensor) -> tuple[Tensor, ...]:
+    """s of gate and s of up, which stand side by side."""
+    return s.split([b_g.shape[0], b_u.shape[0]], 1)
+
+
+def reference(g, u, s, b_g, b_u, activation: str) -> Tensor:
+    """g, u: [M, N], s: [M, R + Q], b_g: [R, N], b_u: [Q, N], one dtype; returns h [M, N]. The specification."""
+    s_g, s_u = parts(s, b_g, b_u)
     return (ACTIVATIONS[activation][0](_sum(g, s_g, b_g)) * _sum(u, s_u, b_u)).to(g.dtype)
 
 
-def reference_backward(dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """dh: [M, N], ds: [M, P], a: [P, N], the rest as in `reference`. The specification.
 
     Returns d_gate and d_up [M, N] and the partial sums of dA, [1, P, N], in float32 or wider.
     """
+    s_g, s_u = parts(s, b_g, b_u)
     dh, gate, up = _sum(dh, ds, a), _sum(g, s_g, b_g), _sum(u, s_u, b_u)
     function, gradient = ACTIVATIONS[activation]
     act = function(gate)
@@ -165,22 +171,24 @@ def _constants(steps: int, activation: str, *factors: Tensor) -> dict:
     return dict(ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, STEPS=steps, STAGES=STAGES, num_warps=WARPS)
 
 
-def launch(g, u, s_g, s_u, b_g, b_u, activation: str) -> Tensor:
+def launch(g, u, s, b_g, b_u, activation: str) -> Tensor:
     """`reference` by the kernel."""
-    g, u, s_g, s_u = map(unit_columns, (g, u, s_g, s_u))
+    g, u, s = map(unit_columns, (g, u, s))
+    s_g, s_u = parts(s, b_g, b_u)
     m, n = g.shape
     h = g.new_empty((m, n))
     warmup.launch(
         gated_kernel, (triton.cdiv(m, BLOCK_M * STEPS), triton.cdiv(n, BLOCK_N)),
         g, u, s_g, s_u, b_g, b_u, h, m, n, g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
-        RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS, activation, s_g, s_u),
+        RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS, activation, b_g, b_u),
     )  # fmt: skip
     return h
 
 
-def launch_backward(dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     """`reference_backward` by the kernel, dA in as many parts as there are programs below each other."""
-    dh, ds, g, u, s_g, s_u = map(unit_columns, (dh, ds, g, u, s_g, s_u))
+    dh, ds, g, u, s = map(unit_columns, (dh, ds, g, u, s))
+    s_g, s_u = parts(s, b_g, b_u)
     m, n = g.shape
     blocks = _blocks(m)
     dg, du, da = g.new_empty((m, n)), g.new_empty((m, n)), g.new_empty((blocks, ds.shape[1], n), dtype=torch.float32)
@@ -188,7 +196,7 @@ def launch_backward(dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation: str) -> tup
         gated_backward_kernel, (blocks, triton.cdiv(n, BLOCK_N)),
         dh, ds, a, g, u, s_g, s_u, b_g, b_u, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
         g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
-        RANK_D=ds.shape[1], RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS_BACKWARD, activation, ds, s_g, s_u),
+        RANK_D=ds.shape[1], RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS_BACKWARD, activation, a, b_g, b_u),
     )  # fmt: skip
     return dg, du, da
 
@@ -199,22 +207,22 @@ def _blocks(rows: int) -> int:
 
 def serves(g: Tensor, *factors: Tensor) -> bool:
     """True where the kernels run: CUDA, 16 bit, no rank above MAX_RANK."""
-    return runs(g, g.dtype) and max(factor.shape[1] for factor in factors) <= MAX_RANK
+    return runs(g, g.dtype) and max(factor.shape[0] for factor in factors) <= MAX_RANK
 
 
-def _cuda(g, u, s_g, s_u, b_g, b_u, activation: str) -> Tensor:
-    args = (g, u, s_g, s_u, b_g, b_u, activation)
-    return guarded("gated", lambda: launch(*args), lambda: reference(*args)) if serves(g, s_g, s_u) else reference(*args)
+def _cuda(g, u, s, b_g, b_u, activation: str) -> Tensor:
+    args = (g, u, s, b_g, b_u, activation)
+    return guarded("gated", lambda: launch(*args), lambda: reference(*args)) if serves(g, b_g, b_u) else reference(*args)
 
 
-def _cuda_backward(dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    args = (dh, ds, a, g, u, s_g, s_u, b_g, b_u, activation)
+def _cuda_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    args = (dh, ds, a, g, u, s, b_g, b_u, activation)
 
     def fallback() -> tuple[Tensor, Tensor, Tensor]:
         dg, du, da = reference_backward(*args)
         return dg, du, padded(da, _blocks(g.shape[0]))
 
-    return guarded("gated_backward", lambda: launch_backward(*args), fallback) if serves(g, ds, s_g, s_u) else fallback()
+    return guarded("gated_backward", lambda: launch_backward(*args), fallback) if serves(g, a, b_g, b_u) else fallback()
 
 
 def _fake(g, *rest) -> Tensor:
@@ -237,8 +245,8 @@ warmup.IMPLEMENTATIONS.update({gated: _cuda, gated_backward: _cuda_backward})
 
 
 @register_flop_formula(torch.ops.fastft.gated)
-def _flops(g_shape, u_shape, *shapes, out_shape=None, **kwargs) -> int:
-    return sum(mm_flop(s, b) for s, b in zip(shapes[:2], shapes[2:4], strict=True))
+def _flops(g_shape, u_shape, s_shape, *b_shapes_and_name, out_shape=None, **kwargs) -> int:
+    return sum(mm_flop((s_shape[0], b_shape[0]), b_shape) for b_shape in b_shapes_and_name[:2])
 
 
 @register_flop_formula(torch.ops.fastft.gated_backward)

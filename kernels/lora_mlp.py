@@ -70,10 +70,9 @@ def _halves(specs: tuple[Spec, Spec], values) -> tuple[list, list]:
     return list(values[:end]), list(values[end:])
 
 
-def _low_rank_terms(spec: Spec, s: Tensor, lora_b) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """s_gate, s_up, B_gate, B_up as `gated` takes them."""
-    factors = [b_of(spec, lora_b, i).t() for i in range(2)]
-    return *s.split([factor.shape[0] for factor in factors], 1), *factors
+def _factors(spec: Spec, lora_b) -> list[Tensor]:
+    """B of gate and of up, [r, N], as `gated` takes them."""
+    return [b_of(spec, lora_b, i).t() for i in range(2)]
 
 
 class _LoraMlp(torch.autograd.Function):
@@ -86,9 +85,8 @@ class _LoraMlp(torch.autograd.Function):
         weights, biases, lora_a, lora_b, lora_biases = split(first, of_first)
         s = low_rank_input(first, None, x, lora_a)
         g, u = (_linear(x, weight.to(first.dtype), bias_of(first, biases, lora_biases, i)) for i, weight in enumerate(weights))
-        terms = _low_rank_terms(first, s, lora_b)
+        h = gated.gated(g, u, s, *_factors(first, lora_b), activation)
         weights, biases, lora_a, lora_b, lora_biases = split(second, of_second)
-        h = gated.gated(g, u, *terms, activation)
         s_d = low_rank_input(second, None, h, lora_a)
         ((y,), _) = added(second, h, s_d, weights, biases, lora_b, lora_biases)
         ctx.save_for_backward(x, s, g, u, s_d, *tensors)
@@ -104,8 +102,8 @@ class _LoraMlp(torch.autograd.Function):
             weights, _, lora_a, lora_b, _ = split(second, of_second)
             ds, db = low_rank_grads(second, need_second, s_d, [dy], lora_b)
             dh = dy @ weights[0].to(second.dtype)
-            lora_b_first = split(first, of_first)[3]
-            *dgu, da = gated.gated_backward(dh, ds, stack(second, lora_a), g, u, *_low_rank_terms(first, s, lora_b_first), ctx.activation)
+            factors = _factors(first, split(first, of_first)[3])
+            *dgu, da = gated.gated_backward(dh, ds, stack(second, lora_a), g, u, s, *factors, ctx.activation)
             da = scaled(second, da.sum(0), lora_a)
             grads_second = parameter_grads(second, need_second, of_second, None, [dy], da, db)  # only a trained base weight asks for h
 

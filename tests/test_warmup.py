@@ -152,8 +152,8 @@ def grads(make, widths, rank=16, offset=0):
 
 
 def gate(make):
-    s = [make((ROWS, rank), BF16, offset, (16, 1)) for rank, offset in ((4, 0), (12, 4))]
-    return [make((ROWS, 64)), make((ROWS, 8)), make((8, 64)), make((ROWS, 64)), make((ROWS, 64)), *s, make((4, 64), BF16, 0, (1, 4)), make((12, 64)), "silu"]
+    factors = [make((4, 64), BF16, 0, (1, 4)), make((12, 64))]
+    return [make((ROWS, 64)), make((ROWS, 8)), make((8, 64)), make((ROWS, 64)), make((ROWS, 64)), make((ROWS, 16)), *factors, "silu"]
 
 
 def loss(make, offset=0, vocabulary=1000):

@@ -22,7 +22,7 @@ for (m, n, (p, q, r)), activation in itertools.product(cases, gated.ACTIVATIONS)
     # slices of wider matrices and B transposed, as the graph hands them over
     g, u, dh = rand(m, n + 8)[:, :n], rand(m, n), rand(m, n)
     s, ds = rand(m, q + r + 3) / 4, rand(m, p + 1)[:, :p] / 4
-    args = (g, u, s[:, :q], s[:, q : q + r], rand(n, q).t() / 4, rand(r, n) / 4)
+    args = (g, u, s[:, : q + r], rand(n, q).t() / 4, rand(r, n) / 4)
     full = (dh, ds, rand(p, n) / 4, *args)
     double = lambda tensors: [tensor.double() for tensor in tensors]
     got, want = [gated.launch(*args, activation)], [gated.reference(*double(args), activation)]
@@ -44,7 +44,7 @@ def test_interpreted_kernels_equal_the_references():
 def operands(m=6, n=10, ranks=(3, 1, 2), dtype=torch.float64):
     """What `gated_backward` takes before the name of the activation: dh, dS, A, then what `gated` takes."""
     p, q, r = ranks
-    shapes = [(m, n), (m, p), (p, n), (m, n), (m, n), (m, q), (m, r), (q, n), (r, n)]
+    shapes = [(m, n), (m, p), (p, n), (m, n), (m, n), (m, q + r), (q, n), (r, n)]
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
