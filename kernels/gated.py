@@ -1,6 +1,6 @@
 """`fastft::gated`: the gate of an MLP, h = act(gate) * up, which adds the low-rank terms of gate and up itself.
 
-    forward     h = act(g + s_g B_g) * (u + s_u B_u)                  g, u: what the base GEMMs give, [M, N]
+    forward     h = act(g + s_g B_g^T) * (u + s_u B_u^T)              g, u: what the base GEMMs give, [M, N]
     backward    dh' = dh + dS A                                       dh: down's base GEMM; dS, A: down's adapters
                 d_gate = dh' up act'(gate) ; d_up = dh' act(gate)
                 dA = dS^T h                                           h is made again and not written
@@ -64,13 +64,13 @@ def _sum(base: Tensor, s: Tensor, b: Tensor) -> Tensor:
 
 def parts(s: Tensor, b_g: Tensor, b_u: Tensor) -> tuple[Tensor, ...]:
     """s of gate and s of up, which stand side by side."""
-    return s.split([b_g.shape[0], b_u.shape[0]], 1)
+    return s.split([b_g.shape[1], b_u.shape[1]], 1)
 
 
 def reference(g, u, s, b_g, b_u, activation: str) -> Tensor:
-    """g, u: [M, N], s: [M, R + Q], b_g: [R, N], b_u: [Q, N], one dtype; returns h [M, N]. The specification."""
+    """g, u: [M, N], s: [M, R + Q], b_g: [N, R], b_u: [N, Q], one dtype; returns h [M, N]. The specification."""
     s_g, s_u = parts(s, b_g, b_u)
-    return (ACTIVATIONS[activation][0](_sum(g, s_g, b_g)) * _sum(u, s_u, b_u)).to(g.dtype)
+    return (ACTIVATIONS[activation][0](_sum(g, s_g, b_g.t())) * _sum(u, s_u, b_u.t())).to(g.dtype)
 
 
 def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[T
     Returns d_gate and d_up [M, N] and the partial sums of dA, [1, P, N], in float32 or wider.
     """
     s_g, s_u = parts(s, b_g, b_u)
-    dh, gate, up = _sum(dh, ds, a), _sum(g, s_g, b_g), _sum(u, s_u, b_u)
+    dh, gate, up = _sum(dh, ds, a), _sum(g, s_g, b_g.t()), _sum(u, s_u, b_u.t())
     function, gradient = ACTIVATIONS[activation]
     act = function(gate)
     da = ds.t().to(act.dtype) @ (act * up).to(g.dtype).to(act.dtype)
@@ -166,8 +166,8 @@ if triton is not None:
         tl.store(da_ptr + ranks[:, None] * N + cols[None, :], da, mask=(ranks < RANK_D)[:, None] & in_n[None, :])
 
 
-def _constants(steps: int, activation: str, *factors: Tensor) -> dict:
-    block_r = max(16, triton.next_power_of_2(max(factor.shape[1] for factor in factors)))
+def _constants(steps: int, activation: str, *ranks: int) -> dict:
+    block_r = max(16, triton.next_power_of_2(max(ranks)))
     return dict(ACTIVATION=activation, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_R=block_r, STEPS=steps, STAGES=STAGES, num_warps=WARPS)
 
 
@@ -179,8 +179,8 @@ def launch(g, u, s, b_g, b_u, activation: str) -> Tensor:
     h = g.new_empty((m, n))
     warmup.launch(
         gated_kernel, (triton.cdiv(m, BLOCK_M * STEPS), triton.cdiv(n, BLOCK_N)),
-        g, u, s_g, s_u, b_g, b_u, h, m, n, g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
-        RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS, activation, b_g, b_u),
+        g, u, s_g, s_u, b_g, b_u, h, m, n, g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride()[::-1], *b_u.stride()[::-1],
+        RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], **_constants(STEPS, activation, b_g.shape[1], b_u.shape[1]),
     )  # fmt: skip
     return h
 
@@ -195,8 +195,8 @@ def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tens
     warmup.launch(
         gated_backward_kernel, (blocks, triton.cdiv(n, BLOCK_N)),
         dh, ds, a, g, u, s_g, s_u, b_g, b_u, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
-        g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride(), *b_u.stride(),
-        RANK_D=ds.shape[1], RANK_G=s_g.shape[1], RANK_U=s_u.shape[1], **_constants(STEPS_BACKWARD, activation, a, b_g, b_u),
+        g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride()[::-1], *b_u.stride()[::-1],
+        RANK_D=len(a), RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], **_constants(STEPS_BACKWARD, activation, len(a), b_g.shape[1], b_u.shape[1]),
     )  # fmt: skip
     return dg, du, da
 
@@ -205,14 +205,14 @@ def _blocks(rows: int) -> int:
     return row_blocks(rows, BLOCK_M * STEPS_BACKWARD)
 
 
-def serves(g: Tensor, *factors: Tensor) -> bool:
+def serves(g: Tensor, *ranks: int) -> bool:
     """True where the kernels run: CUDA, 16 bit, no rank above MAX_RANK."""
-    return runs(g, g.dtype) and max(factor.shape[0] for factor in factors) <= MAX_RANK
+    return runs(g, g.dtype) and max(ranks) <= MAX_RANK
 
 
 def _cuda(g, u, s, b_g, b_u, activation: str) -> Tensor:
     args = (g, u, s, b_g, b_u, activation)
-    return guarded("gated", lambda: launch(*args), lambda: reference(*args)) if serves(g, b_g, b_u) else reference(*args)
+    return guarded("gated", lambda: launch(*args), lambda: reference(*args)) if serves(g, b_g.shape[1], b_u.shape[1]) else reference(*args)
 
 
 def _cuda_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,7 +222,7 @@ def _cuda_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tenso
         dg, du, da = reference_backward(*args)
         return dg, du, padded(da, _blocks(g.shape[0]))
 
-    return guarded("gated_backward", lambda: launch_backward(*args), fallback) if serves(g, a, b_g, b_u) else fallback()
+    return guarded("gated_backward", lambda: launch_backward(*args), fallback) if serves(g, len(a), b_g.shape[1], b_u.shape[1]) else fallback()
 
 
 def _fake(g, *rest) -> Tensor:
@@ -246,7 +246,7 @@ warmup.IMPLEMENTATIONS.update({gated: _cuda, gated_backward: _cuda_backward})
 
 @register_flop_formula(torch.ops.fastft.gated)
 def _flops(g_shape, u_shape, s_shape, *b_shapes_and_name, out_shape=None, **kwargs) -> int:
-    return sum(mm_flop((s_shape[0], b_shape[0]), b_shape) for b_shape in b_shapes_and_name[:2])
+    return sum(mm_flop((s_shape[0], b_shape[1]), b_shape[::-1]) for b_shape in b_shapes_and_name[:2])
 
 
 @register_flop_formula(torch.ops.fastft.gated_backward)

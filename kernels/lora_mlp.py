@@ -71,8 +71,8 @@ def _halves(specs: tuple[Spec, Spec], values) -> tuple[list, list]:
 
 
 def _factors(spec: Spec, lora_b) -> list[Tensor]:
-    """B of gate and of up, [r, N], as `gated` takes them."""
-    return [b_of(spec, lora_b, i).t() for i in range(2)]
+    """B of gate and of up, [N, r], as `gated` takes them."""
+    return [b_of(spec, lora_b, i) for i in range(2)]
 
 
 class _LoraMlp(torch.autograd.Function):

@@ -152,7 +152,7 @@ def grads(make, widths, rank=16, offset=0):
 
 
 def gate(make):
-    factors = [make((4, 64), BF16, 0, (1, 4)), make((12, 64))]
+    factors = [make((64, 4)), make((64, 12))]
     return [make((ROWS, 64)), make((ROWS, 8)), make((8, 64)), make((ROWS, 64)), make((ROWS, 64)), make((ROWS, 16)), *factors, "silu"]
 
 

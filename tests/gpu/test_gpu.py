@@ -80,7 +80,7 @@ def test_gated(m, n, ranks, activation):
     p, q, r = ranks
     rand = lambda *shape: torch.randn(shape, device="cuda").to(BF16)  # noqa: E731
     s = rand(m, q + r + 4) / 4
-    args = (rand(m, n), rand(m, n), s[:, : q + r], rand(n, q).t() / 4, rand(r, n) / 4)
+    args = (rand(m, n), rand(m, n), s[:, : q + r], rand(n, q) / 4, rand(r, n).t() / 4)
     full = (rand(m, n), rand(m, p) / 4, rand(p, n) / 4, *args)
     *grads, da = gated.gated_backward(*full, activation)
     got = [gated.gated(*args, activation), *grads, da.sum(0)[None]]

@@ -19,10 +19,10 @@ gated.STEPS, gated.STEPS_BACKWARD = 2, 3
 cases = [(40, 130, (16, 16, 16)), (129, 200, (5, 1, 32)), (1, 64, (1, 2, 3)), (64, 256, (16, 4, 20))]
 for (m, n, (p, q, r)), activation in itertools.product(cases, gated.ACTIVATIONS):
     rand = lambda *shape: torch.randn(shape).to(half)
-    # slices of wider matrices and B transposed, as the graph hands them over
+    # slices of wider matrices, a B in another layout
     g, u, dh = rand(m, n + 8)[:, :n], rand(m, n), rand(m, n)
     s, ds = rand(m, q + r + 3) / 4, rand(m, p + 1)[:, :p] / 4
-    args = (g, u, s[:, : q + r], rand(n, q).t() / 4, rand(r, n) / 4)
+    args = (g, u, s[:, : q + r], rand(n, q) / 4, rand(r, n).t() / 4)
     full = (dh, ds, rand(p, n) / 4, *args)
     double = lambda tensors: [tensor.double() for tensor in tensors]
     got, want = [gated.launch(*args, activation)], [gated.reference(*double(args), activation)]
@@ -44,7 +44,7 @@ def test_interpreted_kernels_equal_the_references():
 def operands(m=6, n=10, ranks=(3, 1, 2), dtype=torch.float64):
     """What `gated_backward` takes before the name of the activation: dh, dS, A, then what `gated` takes."""
     p, q, r = ranks
-    shapes = [(m, n), (m, p), (p, n), (m, n), (m, n), (m, q + r), (q, n), (r, n)]
+    shapes = [(m, n), (m, p), (p, n), (m, n), (m, n), (m, q + r), (n, q), (n, r)]
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
