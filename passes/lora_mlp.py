@@ -4,11 +4,13 @@
              y = fastft::lora_linear(silu(g) * u, [W_down], ...)
     after    y = fastft::lora_mlp(x, [W_gate, W_up, W_down], ..., "silu", ...)
 
-Taken: silu and both gelus, gate and up in either order, other linears beside them on x, which stay a group, where the kernels of all three linears stream ("outer": a CUDA GPU, 16 bit,
+Taken: silu and both gelus, gate and up in either order or halves of one linear (`chunk`, Phi-3; W and B are cut, A counts for both),
+other linears beside them on x, which stay a group, where the kernels of all three linears stream ("outer": a CUDA GPU, 16 bit,
 many rows, small ranks) and nothing else reads what lies between.
 Left, each with a Miss: the reasons below. Elsewhere the two `lora_linear`s stay and nothing is said: it is not a candidate.
 """
 
+import dataclasses
 import operator
 from collections.abc import Iterator
 
@@ -24,6 +26,7 @@ READ = "gated MLP: something else reads the gate, up or their product"
 SIBLINGS = "gated MLP: another linear reads the product"
 DROPOUT = "gated MLP: dropout in the adapters"
 TRAINED = "gated MLP: down's base weight is trained"
+TRAINED_WHOLE = "gated MLP: gate and up are halves of one trained base weight"
 STATE = "gated MLP: a write or a change of autocast or grad mode between gate and down"
 
 _PRODUCTS = (operator.mul, torch.mul)
@@ -34,32 +37,37 @@ def lora_mlp(gm: GraphModule) -> Iterator[Match | Miss]:
     for down in list(gm.graph.nodes):
         if not _streams(down) or (found := _gate(down.args[0])) is None:
             continue
-        activation, gate, up = found
+        activation, group, pair = found
         result = next(iter(down.users))
-        if reason := _reason(down, gate, up, segment):
+        if reason := _reason(down, group, pair, segment):
             yield Miss(reason, result)
         else:
-            yield _replace(gm, down, result, activation, gate, up)
+            yield _replace(gm, down, result, activation, group, pair)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Gate or up: a linear of its group, or some of its rows; `node` is its result."""
+
+    node: Node = dataclasses.field(compare=False)
+    linear: int
+    rows: slice | None = None
 
 
 def _streams(node: object) -> bool:
     return match.is_function(node, lora_linear.op) and node.args[-2:] == ("outer", "one_read")
 
 
-def _gate(product: Node) -> tuple[str, Node, Node] | None:
-    """`(name of the activation, gate, up)` where `product` is act(gate) * up of one lora_linear's results."""
+def _gate(product: Node) -> tuple[str, Node, tuple[Part, Part]] | None:
+    """`(name of the activation, group, (gate, up))` where `product` is act(gate) * up of one lora_linear's results."""
     product = unchanged(product)
     if not match.is_function(product, *_PRODUCTS) or len(product.all_input_nodes) != 2 or product.kwargs:
         return None
     factors = [unchanged(factor) for factor in product.args]
     for act, up in (factors, factors[::-1]):
         name = _activation(act)
-        if name is None:
-            continue
-        gate = unchanged(act.args[0])
-        of = [item.args[0] for item in (gate, up) if match.is_function(item, operator.getitem) and _streams(item.args[0])]
-        if len(of) == 2 and of[0] is of[1] and gate is not up:
-            return name, gate, up
+        if name and (first := _part(unchanged(act.args[0]))) and (second := _part(up)) and first[0] is second[0] and first[1] != second[1]:
+            return name, first[0], (first[1], second[1])
     return None
 
 
@@ -71,52 +79,86 @@ def _activation(node: object) -> str | None:
     return None
 
 
+def _part(node: object) -> tuple[Node, Part] | None:
+    """`(group, part)` for a result of a lora_linear, or for one half of it."""
+    if not match.is_function(node, operator.getitem):
+        return None
+    source, index = node.args
+    if _streams(source):
+        return source, Part(node, index)
+    if not _is_halved(source):
+        return None
+    whole = unchanged(source.args[0])
+    if not match.is_function(whole, operator.getitem) or not _streams(whole.args[0]):
+        return None
+    width = match.value(node).shape[-1]
+    return whole.args[0], Part(whole, whole.args[1], slice(index * width, (index + 1) * width))
+
+
+def _is_halved(node: object) -> bool:
+    """True for `x.chunk(2, dim=-1)` of an even width."""
+    if not (match.is_method(node, "chunk") or match.is_function(node, torch.chunk)):
+        return False
+    args = match.given(node, "input", "chunks", "dim")
+    sizes = match.value(args["input"]).shape
+    return args["chunks"] == 2 and args.get("dim", 0) in (-1, len(sizes) - 1) and sizes[-1] % 2 == 0
+
+
 def _is_read(node: Node, group: Node) -> bool:
-    """True where something beside `node`'s one reader reads it, or what lies between it and the group."""
-    return node is not group and (len(node.users) > 1 or any(_is_read(item, group) for item in node.all_input_nodes))
+    """True where something beside `node`'s reader, or the readers of its halves, reads it or what lies between it and the group."""
+    return node is not group and (len(node.users) > 1 + _is_halved(node) or any(_is_read(item, group) for item in node.all_input_nodes))
 
 
-def _reason(down: Node, gate: Node, up: Node, segment: dict[Node, int]) -> str | None:
+def _reason(down: Node, group: Node, pair: tuple[Part, Part], segment: dict[Node, int]) -> str | None:
     """Why this MLP is left, None where it is taken."""
-    if _is_read(down.args[0], gate.args[0]):
+    if _is_read(down.args[0], group):
         return READ
     if len(down.args[1]) > 1:
         return SIBLINGS
-    if any(gate.args[0].args[8]) or any(down.args[8]):
+    if any(group.args[8]) or any(down.args[8]):
         return DROPOUT
     if match.value(down.args[1][0]).requires_grad:
         return TRAINED
-    return None if segment[gate.args[0]] == segment[down] else STATE
+    if pair[0].rows is not None and match.value(group.args[1][pair[0].linear]).requires_grad:
+        return TRAINED_WHOLE
+    return None if segment[group] == segment[down] else STATE
 
 
-def _part(group: Node, linears: list[int]) -> list:
-    """The arguments of `group` up to the scalings for some of its linears, in this order."""
+def _arguments(group: Node, linears: list[int], rows: list[slice | None]) -> list:
+    """The arguments of `group` up to the scalings for some of its linears, in this order, or for rows of them."""
     x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling = group.args[:8]
-    adapters = [j for linear in linears for j, of in enumerate(owner) if of == linear]
-    by_linear = [[values[i] for i in linears] for values in (weights, biases)]
-    by_adapter = [[values[j] for j in adapters] for values in (lora_a, lora_b, lora_biases)]
-    return [x, *by_linear, *by_adapter, [linears.index(owner[j]) for j in adapters], [scaling[j] for j in adapters]]
+    adapters = [(place, j) for place, linear in enumerate(linears) for j, of in enumerate(owner) if of == linear]
+    of_linear = [[_cut(values[i], cut) for i, cut in zip(linears, rows, strict=True)] for values in (weights, biases)]
+    of_b = [[_cut(values[j], rows[place]) for place, j in adapters] for values in (lora_b, lora_biases)]
+    return [x, *of_linear, [lora_a[j] for _, j in adapters], *of_b, [place for place, _ in adapters], [scaling[j] for _, j in adapters]]
 
 
-def _replace(gm: GraphModule, down: Node, result: Node, activation: str, gate: Node, up: Node) -> Match:
-    group, pair = gate.args[0], [gate.args[1], up.args[1]]
-    (x, *first), (_, *second) = _part(group, pair), _part(down, [0])
-    second[5] = [2] * len(second[5])  # the owners: down is the third linear
-    provider = down.args[-2:]
+def _cut(node: Node | None, rows: slice | None) -> Node | None:
+    if node is None or rows is None:
+        return node
+    part = node.graph.call_function(operator.getitem, (node, rows))
+    part.meta = {**node.meta, "example_value": match.value(node)[rows]}
+    return part
+
+
+def _replace(gm: GraphModule, down: Node, result: Node, activation: str, group: Node, pair: tuple[Part, Part]) -> Match:
+    linears, provider = [part.linear for part in pair], down.args[-2:]
     with gm.graph.inserting_before(down):
+        (x, *first), (_, *second) = _arguments(group, linears, [part.rows for part in pair]), _arguments(down, [0], [None])
+        second[5] = [2] * len(second[5])  # the owners: down is the third linear
         call = gm.graph.call_function(kernel.op, (x, *(a + b for a, b in zip(first, second, strict=True)), activation, *provider))
     call.meta = dict(result.meta)
     result.replace_all_uses_with(call)
     match.erase_dead(result)
     if not group._erased:
-        _leave_out(group, pair)
-    return Match("fastft::lora_mlp", f"gated {activation}, {'+'.join(provider)}", [gate, up, result])
+        _leave_out(group, linears)
+    return Match("fastft::lora_mlp", f"gated {activation}, {'+'.join(provider)}", [*dict.fromkeys(part.node for part in pair), result])
 
 
 def _leave_out(group: Node, linears: list[int]) -> None:
     """What is left of a group whose other linears share x: parallel attention (Cohere)."""
     rest = [i for i in range(len(group.args[1])) if i not in linears]
-    left = _part(group, rest)
+    left = _arguments(group, rest, [None] * len(rest))
     group.args = (*left, [0.0] * len(left[-1]), *group.args[9:])
     group.meta["example_value"] = [group.meta["example_value"][i] for i in rest]
     for item in list(group.users):

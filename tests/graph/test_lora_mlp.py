@@ -6,7 +6,7 @@ from conftest import Lowered, Rewriter, assert_same, batch_for, tiny_lora, tiny_
 from torch import nn
 
 from fastft.kernels import lora_linear as kernel
-from fastft.passes.lora_mlp import DROPOUT, READ, SIBLINGS, STATE, TRAINED
+from fastft.passes.lora_mlp import DROPOUT, READ, SIBLINGS, STATE, TRAINED, TRAINED_WHOLE
 
 # architecture -> its activation; gemma's are gelus, qwen2 has biases, granite scales, olmo2 norms after, cohere attention beside it on the same input
 ACTIVATIONS = dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "cohere"), "silu")
@@ -90,7 +90,7 @@ class Mlp(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = {"gate": (16, 24), "up": (16, 24), "down": (24, 16), "more": (24, 16), "other": (16, 16)}
+        sizes = {"gate": (16, 24), "up": (16, 24), "down": (24, 16), "more": (24, 16), "both": (16, 48), "other": (16, 16)}
         self.base = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).requires_grad_(False)
         self.a = nn.ModuleDict({name: nn.Linear(size[0], 2, bias=False) for name, size in sizes.items()})
         self.b = nn.ModuleDict({name: nn.Linear(2, size[1], bias=False) for name, size in sizes.items()})
@@ -147,6 +147,38 @@ class Parallel(Mlp):
         return self.linear("other", x) + super().forward(x)
 
 
+class Halves(Mlp):
+    """Gate and up in one linear, its bias too."""
+
+    def product(self, x):
+        gate, up = self.linear("both", x).chunk(2, dim=-1)
+        return up * nn.functional.silu(gate)
+
+
+class ReadsHalves(Halves):
+    def forward(self, x):
+        both = self.linear("both", x)
+        gate, up = both.chunk(2, dim=-1)
+        return self.linear("down", up * nn.functional.silu(gate)) + both.mean()
+
+
+class TrainedHalves(Halves):
+    def __init__(self) -> None:
+        super().__init__()
+        self.base["both"].weight.requires_grad_()
+
+
+class HalvesOfRows(Halves):
+    """Another dimension is no gate and up."""
+
+    def product(self, x):
+        gate, up = self.linear("gate", x).chunk(2, dim=0)
+        return up * nn.functional.silu(gate)
+
+    def forward(self, x):
+        return super().forward(torch.cat([x, x]))
+
+
 class Sigmoid(Mlp):
     def product(self, x):
         return torch.sigmoid(self.linear("gate", x)) * self.linear("up", x)
@@ -177,7 +209,10 @@ def run(model: nn.Module, found: Rewriter) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, reason", [(Reads, READ), (ReadsGate, READ), (Siblings, SIBLINGS), (State, STATE), (Trained, TRAINED)])
+@pytest.mark.parametrize(
+    "kind, reason",
+    [(Reads, READ), (ReadsGate, READ), (Siblings, SIBLINGS), (State, STATE), (Trained, TRAINED), (ReadsHalves, READ), (TrainedHalves, TRAINED_WHOLE)],
+)
 def test_reasons(kind, reason, found):
     run(kind(), found)
     assert found.misses == {reason: 1} and not found.groups
@@ -189,7 +224,7 @@ def test_dropout_is_a_reason(found):
     assert found.misses == {DROPOUT: 1} and not found.groups
 
 
-@pytest.mark.parametrize("kind", [Sigmoid, Squared, Twice])
+@pytest.mark.parametrize("kind", [Sigmoid, Squared, Twice, HalvesOfRows])
 def test_what_is_no_candidate(kind, found):
     run(kind(), found)
     assert not found.misses and not found.groups
@@ -198,6 +233,20 @@ def test_what_is_no_candidate(kind, found):
 def test_either_order(found):
     run(Swapped(), found)
     assert found.groups == [["base.gate", "base.up", "base.down"]] and found.providers == {"gated gelu, outer+one_read": 1}
+
+
+def test_halves_of_one_linear(found):
+    run(Halves(), found)
+    assert found.groups == [["base.both", "base.down"]] and not found.misses
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("arch", ["phi3", "glm"])
+def test_packed_gate_and_up(arch, quantized, found):
+    dtype = torch.bfloat16 if quantized else torch.float32
+    model = tiny_qlora(arch, layers=2, dtype=dtype) if quantized else tiny_lora(arch, layers=2)
+    assert_same(model, found.compile(model), batch_for(model), dtype=dtype)
+    assert found.groups == [[f"model.layers.{i}.mlp.gate_up_proj", f"model.layers.{i}.mlp.down_proj"] for i in range(2)] and not found.misses
 
 
 def test_other_linears_on_the_same_input_stay_a_group(found):
