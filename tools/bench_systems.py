@@ -150,6 +150,7 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
     if device == "cuda":
         torch.cuda.synchronize()
     result["first_step_s"] = time.perf_counter() - started
+    result["compile_s"] = compile_seconds()
     for _ in range(spec.warmup):
         step()
     result["resident_gib"] = allocated(device)
@@ -191,6 +192,13 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
             except Exception as error:  # the figures above stand without it
                 result["profile_error"] = f"{type(error).__name__}: {error}"[:500]
     return result
+
+
+def compile_seconds(least: float = 0.5) -> dict[str, float]:
+    """Dynamo's and Inductor's own timers, longest first, those of `least` seconds and more; they contain each other."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    sums = {name: round(sum(times), 2) for name, times in getattr(utils, "compilation_time_metrics", {}).items()}
+    return dict(sorted(((name, total) for name, total in sums.items() if total >= least), key=lambda item: -item[1]))
 
 
 def dynamo_counters() -> dict[str, Any]:
