@@ -20,6 +20,7 @@ import argparse
 import dataclasses
 import functools
 import os
+import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -252,13 +253,14 @@ def bench(args: argparse.Namespace, say: Callable[[str], None], keep: Callable[[
     del references
     keep(result)
     with alone():
-        for _ in range(4 * args.steps):
-            clocks = []
-            for _, case, before, run, _ in running:
+        for turn in range(4 * args.steps):
+            # The GPU is cooler after some variants than after others: shuffled, each follows each.
+            order, clocks = random.Random(turn).sample(running, len(running)), []
+            for _, case, before, run, _ in order:
                 before()
                 clocks.append(timed(run, device))
                 case.clear()
-            for (*_, times), clock in zip(running, clocks, strict=True):
+            for (*_, times), clock in zip(order, clocks, strict=True):
                 times += clock.intervals()
         result["gemm_probe_ms"].append(gemm_probe(device, args.tiny))
     for row, *_, times in running:
