@@ -77,7 +77,10 @@ def fused(forward="accumulate", backward="mm"):
 
 
 def assert_equal(args, forward="accumulate", backward="mm", **tolerance):
-    expected, found = run(formula, args), run(fused(forward, backward), args)
+    assert_close(run(fused(forward, backward), args), run(formula, args), **tolerance)
+
+
+def assert_close(found, expected, **tolerance):
     for name in expected:
         assert found[name].dtype == expected[name].dtype
         torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")

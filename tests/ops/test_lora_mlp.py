@@ -12,7 +12,7 @@ from fastft import contract
 from fastft.kernels.gated import gated, gated_backward
 from fastft.kernels.lora_mlp import op
 
-from .test_lora_linear import F64, Calls, leaves, run
+from .test_lora_linear import F64, Calls, assert_close, leaves, run
 from .test_lora_linear import formula as linears
 
 ACTIVATE = {
@@ -58,10 +58,7 @@ def arguments(leading, width, inner, out, ranks, owner, activation="silu", *, bi
 
 
 def assert_equal(args, *providers, **tolerance):
-    expected, found = run(formula, args), run(fused(*providers), args)
-    for name in expected:
-        assert found[name].dtype == expected[name].dtype
-        torch.testing.assert_close(found[name], expected[name], **tolerance, msg=lambda text, name=name: f"{name}: {text}")
+    assert_close(run(fused(*providers), args), run(formula, args), **tolerance)
 
 
 @st.composite
