@@ -213,10 +213,12 @@ class Squared(Mlp):
 
 
 class Twice(Mlp):
-    """The gate of one x, up of another."""
+    """The gate of one x, up, the second of its group, of another."""
 
-    def product(self, x):
-        return nn.functional.silu(self.linear("gate", x)) * self.linear("up", torch.sin(x))
+    def forward(self, x):
+        y = torch.sin(x)
+        other = self.linear("other", y)
+        return other + self.linear("down", nn.functional.silu(self.linear("gate", x)) * self.linear("up", y))
 
 
 def run(model: nn.Module, found: Rewriter) -> None:
