@@ -116,7 +116,7 @@ class Mlp(nn.Module):
         self.b = nn.ModuleDict({name: nn.Linear(2, size[1], bias=False) for name, size in sizes.items()})
 
     def linear(self, name, x):
-        return self.base[name](x) + self.b[name](self.a[name](x)) * 2.0
+        return self.base[name](x) + self.b[name](self.a[name](x)) * {"up": 0.5, "down": 3.0}.get(name, 2.0)
 
     def product(self, x):
         return nn.functional.silu(self.linear("gate", x)) * self.linear("up", x)
