@@ -83,7 +83,7 @@ def _submit(kernel, grid, args, kwargs) -> None:
     if not isinstance(kernel, triton.JITFunction):  # TRITON_INTERPRET=1
         return
     args, device = _pointers(args), triton.runtime.driver.active.get_current_device()
-    # Triton 3.6 and 3.7: the last entry tells the signature of a call. Made here: two threads that make the entries lose one's kernels.
+    # Triton 3.6 to 3.9: the last entry tells the signature of a call. Made here: two threads that make the entries lose one's kernels.
     _, signature, options = kernel.device_caches[device][-1](*args, **kwargs)
     key = (id(kernel), device, str(signature), str(options))
     if key not in _pending:
