@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastft.kernels import gated
+from fastft.kernels import gated, low_rank
 
 INTERPRETED = """
 import itertools, torch
@@ -78,6 +78,11 @@ def test_a_kernel_that_fails_is_replaced_by_the_reference(monkeypatch):
         *grads, da = gated._cuda_backward(*args, "silu")
     *wanted, wanted_da = gated.reference_backward(*args, "silu")
     assert all(map(torch.equal, grads, wanted)) and da.shape == (2, 3, 10) and torch.equal(da.sum(0), wanted_da[0])
+
+
+def test_the_kernels_serve_what_the_pass_takes():
+    """`lora_mlp` takes linears whose outer products stream; beyond its largest rank `gated` would run as its reference."""
+    assert gated.MAX_RANK >= low_rank.MAX_RANK
 
 
 def test_flops_are_those_of_the_low_rank_products():
