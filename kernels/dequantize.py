@@ -178,12 +178,7 @@ def _fake(packed, absmax, absmax_8bit, absmax_code, absmax_offset, blocksize, qu
     return packed.new_empty(shape, dtype=dtype)
 
 
-LIBRARY.impl("dequantize_4bit", reference, "CPU")
-LIBRARY.impl("dequantize_4bit", _cuda, "CUDA")
-torch.library.register_fake("fastft::dequantize_4bit", _fake, lib=LIBRARY)
-
-dequantize_4bit = torch.ops.fastft.dequantize_4bit.default
-warmup.IMPLEMENTATIONS[dequantize_4bit] = _cuda
+dequantize_4bit = warmup.register("dequantize_4bit", reference, _cuda, _fake)
 
 
 @register_flop_formula(torch.ops.fastft.dequantize_4bit)

@@ -234,14 +234,8 @@ def _fake_backward(dh, ds, a, g, *rest) -> tuple[Tensor, Tensor, Tensor]:
     return g.new_empty(g.shape), g.new_empty(g.shape), g.new_empty((blocks, *a.shape), dtype=torch.promote_types(g.dtype, torch.float32))
 
 
-for _name, _cpu, _gpu, _meta in (("gated", reference, _cuda, _fake), ("gated_backward", reference_backward, _cuda_backward, _fake_backward)):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _gpu, "CUDA")
-    torch.library.register_fake(f"fastft::{_name}", _meta, lib=LIBRARY)
-
-gated = torch.ops.fastft.gated.default
-gated_backward = torch.ops.fastft.gated_backward.default
-warmup.IMPLEMENTATIONS.update({gated: _cuda, gated_backward: _cuda_backward})
+gated = warmup.register("gated", reference, _cuda, _fake)
+gated_backward = warmup.register("gated_backward", reference_backward, _cuda_backward, _fake_backward)
 
 
 @register_flop_formula(torch.ops.fastft.gated)

@@ -167,11 +167,7 @@ def _fake(dy: list[Tensor], s: Tensor, b: list[Tensor]) -> tuple[Tensor, Tensor]
     return _empty(dy, s, b, *(_parts(dy, _config(dy, b)) if s.is_cuda else (1, 1)))
 
 
-LIBRARY.impl("lora_grads", reference, "CPU")
-LIBRARY.impl("lora_grads", _cuda, "CUDA")
-torch.library.register_fake("fastft::lora_grads", _fake, lib=LIBRARY)
-lora_grads = torch.ops.fastft.lora_grads.default
-warmup.IMPLEMENTATIONS[lora_grads] = _cuda
+lora_grads = warmup.register("lora_grads", reference, _cuda, _fake)
 
 
 @register_flop_formula(torch.ops.fastft.lora_grads)

@@ -19,7 +19,7 @@ As `lora_linear` the op decomposes while AOTAutograd traces.
 import torch
 from torch import Tensor
 
-from fastft.kernels import gated
+from fastft.kernels import gated, low_rank
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.lora_adapters import Spec, b_of, bias_of, low_rank_input, split, stack
 from fastft.kernels.lora_linear import arithmetic
@@ -84,7 +84,7 @@ class _LoraMlp(torch.autograd.Function):
         of_first, of_second = _halves(specs, tensors)
         weights, biases, lora_a, lora_b, lora_biases = split(first, of_first)
         s = low_rank_input(first, None, x, lora_a)
-        g, u = (_linear(x, weight.to(first.dtype), bias_of(first, biases, lora_biases, i)) for i, weight in enumerate(weights))
+        g, u = (low_rank.reference(x, weight.to(first.dtype).t(), bias_of(first, biases, lora_biases, i)) for i, weight in enumerate(weights))
         h = gated.gated(g, u, s, *_factors(first, lora_b), activation)
         weights, biases, lora_a, lora_b, lora_biases = split(second, of_second)
         s_d = low_rank_input(second, None, h, lora_a)
@@ -113,7 +113,3 @@ class _LoraMlp(torch.autograd.Function):
             grads_first = parameter_grads(first, need_first, of_first, x, dgu, da, db)
             dx = input_grad(first, None, ds, dgu, weights, lora_a).to(ctx.x_dtype) if ctx.needs_input_grad[2] else None
         return (None, None, dx, *grads_first, *grads_second)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())

@@ -229,19 +229,9 @@ def _fake_group(s: Tensor, b: list[Tensor], biases: list[Tensor | None]) -> list
     return [_fake(s, matrix) for matrix in b]
 
 
-for _name, _cpu, _gpu, _meta in (
-    ("low_rank_mm", reference, _cuda, _fake),
-    ("low_rank_mms", reference_group, _cuda_group, _fake_group),
-    ("low_rank_mm_dropout", reference_dropout, _cuda_dropout, _fake),
-):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _gpu, "CUDA")
-    torch.library.register_fake(f"fastft::{_name}", _meta, lib=LIBRARY)
-
-low_rank_mm = torch.ops.fastft.low_rank_mm.default
-low_rank_mms = torch.ops.fastft.low_rank_mms.default
-low_rank_mm_dropout = torch.ops.fastft.low_rank_mm_dropout.default
-warmup.IMPLEMENTATIONS.update({low_rank_mm: _cuda, low_rank_mms: _cuda_group, low_rank_mm_dropout: _cuda_dropout})
+low_rank_mm = warmup.register("low_rank_mm", reference, _cuda, _fake)
+low_rank_mms = warmup.register("low_rank_mms", reference_group, _cuda_group, _fake_group)
+low_rank_mm_dropout = warmup.register("low_rank_mm_dropout", reference_dropout, _cuda_dropout, _fake)
 
 
 @register_flop_formula([torch.ops.fastft.low_rank_mm, torch.ops.fastft.low_rank_mm_dropout])

@@ -265,17 +265,8 @@ def _fake_grad(ds: Tensor, x: Tensor, *rest) -> Tensor:
     return x.new_empty((blocks, ds.shape[1], x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-for _name, _cpu, _gpu, _fake in (
-    ("dropped_mm", reference_mm, _cuda_mm, _fake_mm),
-    ("dropped_grad", reference_grad, _cuda_grad, _fake_grad),
-):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _gpu, "CUDA")
-    torch.library.register_fake(f"fastft::{_name}", _fake, lib=LIBRARY)
-
-dropped_mm = torch.ops.fastft.dropped_mm.default
-dropped_grad = torch.ops.fastft.dropped_grad.default
-warmup.IMPLEMENTATIONS.update({dropped_mm: _cuda_mm, dropped_grad: _cuda_grad})
+dropped_mm = warmup.register("dropped_mm", reference_mm, _cuda_mm, _fake_mm)
+dropped_grad = warmup.register("dropped_grad", reference_grad, _cuda_grad, _fake_grad)
 
 
 @register_flop_formula(torch.ops.fastft.dropped_mm)

@@ -122,14 +122,8 @@ def _fake_t(weights: list[Tensor], scales: list[Tensor], after: Tensor) -> Tenso
     return weights[0].new_empty((weights[0].shape[1], sum(w.shape[0] for w in weights)), dtype=E4M3)
 
 
-for _name, _cpu, _gpu, _shapes in (("quantize_weight", reference, _cuda, _fake), ("quantize_weights_t", reference_t, _cuda_t, _fake_t)):
-    LIBRARY.impl(_name, _cpu, "CPU")
-    LIBRARY.impl(_name, _gpu, "CUDA")
-    torch.library.register_fake(f"fastft::{_name}", _shapes, lib=LIBRARY)
-
-quantize_weight = torch.ops.fastft.quantize_weight.default
-quantize_weights_t = torch.ops.fastft.quantize_weights_t.default
-warmup.IMPLEMENTATIONS.update({quantize_weight: _cuda, quantize_weights_t: _cuda_t})
+quantize_weight = warmup.register("quantize_weight", reference, _cuda, _fake)
+quantize_weights_t = warmup.register("quantize_weights_t", reference_t, _cuda_t, _fake_t)
 
 
 @register_flop_formula([torch.ops.fastft.quantize_weight, torch.ops.fastft.quantize_weights_t])

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from fastft.kernels.accumulate import LIBRARY
+
 try:
     import triton
 except ImportError:  # CPU builds of PyTorch come without Triton
@@ -38,6 +40,16 @@ IMPLEMENTATIONS: dict[torch._ops.OpOverload, Callable] = {}
 
 _preparing = contextvars.ContextVar("preparing", default=False)  # of this thread: others launch meanwhile
 _pending: dict[tuple, concurrent.futures.Future] = {}
+
+
+def register(name: str, cpu: Callable, cuda: Callable, fake: Callable) -> torch._ops.OpOverload:
+    """Implements `fastft::name`, whose schema is defined; `cuda` launches its kernels by `launch`."""
+    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"fastft::{name}", fake, lib=LIBRARY)
+    op = getattr(torch.ops.fastft, name).default
+    IMPLEMENTATIONS[op] = cuda
+    return op
 
 
 def preparing() -> bool:

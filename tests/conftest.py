@@ -202,6 +202,18 @@ def batch_for(model: nn.Module, *, batch: int = 2, seq: int = 16, seed: int = 0)
     return tiny.tiny_batch(model.config, batch=batch, seq=seq, seed=seed)
 
 
+class Autocast(nn.Module):
+    """`inner`, which is `model` or compiled from it, under autocast to bf16; parameters are those of `model`."""
+
+    def __init__(self, model: nn.Module, inner: Callable | None = None) -> None:
+        super().__init__()
+        self.__dict__["inner"], self.model = model if inner is None else inner, model
+
+    def forward(self, **given: Any) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.inner(**given)
+
+
 def lora_modules(model: nn.Module) -> list[str]:
     """The paths of all modules that hold adapters of a linear, as reports give them."""
     found = [name for name, module in model.named_modules() if getattr(module, "lora_A", None)]

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import tiny
 import torch
-from conftest import Rewriter, assert_same, batch_for, tiny_lora
+from conftest import Autocast, Rewriter, assert_same, batch_for, tiny_lora
 from torch import nn
 from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -215,18 +215,9 @@ def test_frozen_parts(frozen):
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "LoRA"])
 @pytest.mark.parametrize("where", ["in the graph", "around it"])
 def test_autocast(arch, where):
-    class Autocast(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.__dict__["inner"], self.model = inner, model
-
-        def forward(self, **given):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.inner(**given)
-
     model = lora_for() if arch == "LoRA" else model_for(arch)
     rewriter, outer = Loss(), Autocast(model)
-    compiled = rewriter.compile(outer) if where == "in the graph" else Autocast(rewriter.compile(model))
+    compiled = rewriter.compile(outer) if where == "in the graph" else Autocast(model, rewriter.compile(model))
     contract.assert_contract(outer, compiled, labelled(model), dtype=torch.bfloat16)
     inner = "inner.base_model.model.lm_head" if arch == "LoRA" else "inner.lm_head"
     assert_rewritten(rewriter, head=inner if where == "in the graph" else "lm_head")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Lowered, Rewriter, assert_same, batch_for, tiny_lora, tiny_qlora
+from conftest import Autocast, Lowered, Rewriter, assert_same, batch_for, tiny_lora, tiny_qlora
 from torch import nn
 
 from fastft.kernels import lora_linear as kernel
@@ -45,19 +45,9 @@ def test_bf16(adapters, found):
 @pytest.mark.parametrize("where", ["in the graph", "around it"])
 def test_autocast(where, found):
     """A float32 model whose products are bf16, as Trainer(bf16=True) runs it."""
-
-    class Autocast(nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.__dict__["inner"], self.model = inner, model
-
-        def forward(self, **given):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                return self.inner(**given)
-
     model = tiny_lora()
     outer = Autocast(model)
-    compiled = found.compile(outer) if where == "in the graph" else Autocast(found.compile(model))
+    compiled = found.compile(outer) if where == "in the graph" else Autocast(model, found.compile(model))
     assert_same(outer, compiled, batch_for(model), dtype=torch.bfloat16)
     assert [[path.removeprefix("inner.base_model.model.") for path in group] for group in found.groups] == mlps(1)
 
