@@ -7,14 +7,17 @@
 
 A gate reads g, u and, in the backward, dh anyway, so these terms cost it a product of inner size R on each tile. As summands
 that the base GEMMs add to (kernels/low_rank.py) they are written once and read once more, and for dA h is: seven times M N
-elements a layer. Both kernels run at the bandwidth of a copy. H200, 8192 x 14336, rank 16, us: forward 189 (a copy of as much
-187), backward with dA 360 (a copy without dA 374).
+elements a layer. H200, 8192 x 14336, rank 16, us: forward 171, backward with dA 332 (Inductor's kernels of the same gate
+without adapters 162 and 273).
 
 A program walks down BLOCK_M rows at a time and keeps the factors of its columns in registers; loads run STAGES tiles ahead.
+Programs that run at once stand beside each other, so that they read whole rows (below each other: 177 and 346 us).
 Sums stay in float32 until h, d_gate and d_up are rounded. dA comes as partial sums over the rows of a program, which the
 caller adds up in ATen, where Inductor fuses that with the cast.
 
-Tried: BLOCK_M = 64 and no loop, as in low_rank.py: 262 and 761 us, because the tiles wait for their loads.
+Tried, us: BLOCK_M = 64 and no loop, as in low_rank.py: 262 and 761, because the tiles wait for their loads. s of down made here
+as well, 395 at best, which a GEMM has in 87. dB of gate and up as well 522, dS too 850 at best, which `lora_grads` has in 180.
+exp and division without denormals 341 for 346, more programs by fewer registers 358 and more.
 """
 
 import functools
@@ -123,12 +126,12 @@ if triton is not None:
         RANK_G: tl.constexpr, RANK_U: tl.constexpr, ACTIVATION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = cols < N
         b_g = factor(bg_ptr, stride_bgr, stride_bgn, cols, in_n, RANK_G, BLOCK_R)
         b_u = factor(bu_ptr, stride_bur, stride_bun, cols, in_n, RANK_U, BLOCK_R)
         for i in tl.range(STEPS, num_stages=STAGES):
-            rows = (tl.program_id(0).to(tl.int64) * STEPS + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+            rows = (tl.program_id(1).to(tl.int64) * STEPS + i) * BLOCK_M + tl.arange(0, BLOCK_M)
             in_m = rows < M
             gate = tl.dot(rows_of(sg_ptr, stride_sg, rows, in_m, RANK_G, BLOCK_R), b_g) + tile(g_ptr, stride_g, rows, cols, in_m, in_n)
             up = tl.dot(rows_of(su_ptr, stride_su, rows, in_m, RANK_U, BLOCK_R), b_u) + tile(u_ptr, stride_u, rows, cols, in_m, in_n)
@@ -143,14 +146,14 @@ if triton is not None:
         RANK_D: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr, ACTIVATION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = cols < N
         b_g = factor(bg_ptr, stride_bgr, stride_bgn, cols, in_n, RANK_G, BLOCK_R)
         b_u = factor(bu_ptr, stride_bur, stride_bun, cols, in_n, RANK_U, BLOCK_R)
         a = factor(a_ptr, stride_ar, stride_an, cols, in_n, RANK_D, BLOCK_R)
         da = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
         for i in tl.range(STEPS, num_stages=STAGES):
-            rows = (tl.program_id(0).to(tl.int64) * STEPS + i) * BLOCK_M + tl.arange(0, BLOCK_M)
+            rows = (tl.program_id(1).to(tl.int64) * STEPS + i) * BLOCK_M + tl.arange(0, BLOCK_M)
             in_m = rows < M
             out, inside = rows[:, None] * N + cols[None, :], in_m[:, None] & in_n[None, :]
             gate = tl.dot(rows_of(sg_ptr, stride_sg, rows, in_m, RANK_G, BLOCK_R), b_g) + tile(g_ptr, stride_g, rows, cols, in_m, in_n)
@@ -162,7 +165,7 @@ if triton is not None:
             tl.store(du_ptr + out, (dh * act).to(du_ptr.dtype.element_ty), mask=inside)
             tl.store(dg_ptr + out, (dh * up * slope).to(dg_ptr.dtype.element_ty), mask=inside)
         ranks = tl.arange(0, BLOCK_R)
-        da_ptr += tl.program_id(0).to(tl.int64) * RANK_D * N
+        da_ptr += tl.program_id(1).to(tl.int64) * RANK_D * N
         tl.store(da_ptr + ranks[:, None] * N + cols[None, :], da, mask=(ranks < RANK_D)[:, None] & in_n[None, :])
 
 
@@ -178,7 +181,7 @@ def launch(g, u, s, b_g, b_u, activation: str) -> Tensor:
     m, n = g.shape
     h = g.new_empty((m, n))
     warmup.launch(
-        gated_kernel, (triton.cdiv(m, BLOCK_M * STEPS), triton.cdiv(n, BLOCK_N)),
+        gated_kernel, (triton.cdiv(n, BLOCK_N), triton.cdiv(m, BLOCK_M * STEPS)),
         g, u, s_g, s_u, b_g, b_u, h, m, n, g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride()[::-1], *b_u.stride()[::-1],
         RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], **_constants(STEPS, activation, b_g.shape[1], b_u.shape[1]),
     )  # fmt: skip
@@ -193,7 +196,7 @@ def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tens
     blocks = _blocks(m)
     dg, du, da = g.new_empty((m, n)), g.new_empty((m, n)), g.new_empty((blocks, ds.shape[1], n), dtype=torch.float32)
     warmup.launch(
-        gated_backward_kernel, (blocks, triton.cdiv(n, BLOCK_N)),
+        gated_backward_kernel, (triton.cdiv(n, BLOCK_N), blocks),
         dh, ds, a, g, u, s_g, s_u, b_g, b_u, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
         g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride()[::-1], *b_u.stride()[::-1],
         RANK_D=len(a), RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], **_constants(STEPS_BACKWARD, activation, len(a), b_g.shape[1], b_u.shape[1]),
