@@ -7,7 +7,7 @@
     backward    dS_i = dY_i B_i ; dB_i = dY_i^T s_i       (one read of dY_i where a kernel serves)
                 dA = scaling dS^T x                       one GEMM for the group (dropout: likewise)
                 dX = dS [scaling A_0; ...] ; dX += dY_i W_i                         (added inside the GEMMs)
-    saves       x and s; with few rows the cast, scaled and stacked adapters too, where they are small beside x
+    saves       x and s; the cast, scaled and stacked adapters too, where they are small beside x
 
 The scaling is folded into A, which is stacked and cast anyway, and not into B: two launches fewer for every linear. Where the
 kernels serve, one launch makes s_i B_i^T + b_i of the whole group and one its dS and dB, and what follows (sums of partial
@@ -28,14 +28,12 @@ from torch import Tensor
 
 from fastft.kernels import lora_grads, low_rank
 from fastft.kernels.accumulate import LIBRARY
-from fastft.kernels.lora_adapters import Spec, low_rank_input, split
+from fastft.kernels.lora_adapters import Spec, low_rank_input, saves, split
 from fastft.kernels.lora_products import added, input_grad, k_extended, low_rank_a_grads, low_rank_grads, parameter_grads
 from fastft.kernels.packed import PAD
 
 # Rows of x from which the kernels are used (see `choose`).
 MIN_ROWS = 4096
-# Below that, cast and scaled adapters are saved for the backward where they take at most this part of x's memory.
-SAVED_PART = 32
 
 LIBRARY.define(
     "lora_linear(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] lora_a, Tensor[] lora_b, Tensor?[] lora_biases, "
@@ -59,8 +57,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
     """
     dtype = arithmetic(x)
     ranks = tuple(a.shape[0] for a in lora_a)
-    saves = not any(dropout) and few_rows(x) and sum(ranks) * SAVED_PART <= math.prod(x.shape[:-1])
-    spec = Spec(len(weights), ranks, tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype, saves)
+    spec = Spec(len(weights), ranks, tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype, saves(x, ranks, dropout))
     if seeds is not None:
         seeds = seeds.reshape(seeds.shape[0], -1)
     with torch.autocast(x.device.type, enabled=False):
@@ -108,12 +105,6 @@ def arithmetic(x: Tensor) -> torch.dtype:
     """The dtype that a linear on x computes in: autocast's where that is on, else x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.is_floating_point() else x.dtype
-
-
-def few_rows(x: Tensor) -> bool:
-    """True where a step is bound by launches, not by the GPU."""
-    rows = math.prod(x.shape[:-1])
-    return isinstance(rows, int) and rows < MIN_ROWS
 
 
 def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:

@@ -80,18 +80,35 @@ def test_gemms_add_into_the_buffers_of_one_launch(monkeypatch):
     assert ops.accumulate_mm.default not in names and names.count(ops.accumulate_mm_.default) == 14
 
 
-@pytest.mark.parametrize("rank, adapters, prepared", [(2, torch.bfloat16, 0), (2, torch.float32, 0), (16, torch.bfloat16, 4)])
-def test_few_rows_take_few_launches(rank, adapters, prepared, lowered):
-    """Beside GEMMs the backward has nothing of an adapter's size: no stack of A made again, no scaling or cast of a gradient in x's dtype."""
-    model = tiny_lora(dtype=torch.bfloat16, r=rank, lora_alpha=3 * rank, autocast_adapter_dtype=adapters == torch.float32)
-    rows = 4 * 64
-    assert_same(model, lowered.compile(model), tiny.tiny_batch(model.config, batch=4, seq=64))
-    small = [node for node in lowered.aten[1].graph.nodes if node.op == "call_function" and getattr(node.meta.get("val"), "ndim", 0) == 2]
+def prepared_again(backward, rank: int, rows: int) -> tuple[list, list, list]:
+    """What a backward graph has of an adapter's size; what of it scales, casts or stacks; and what of that starts from the graph's inputs alone."""
+    small = [node for node in backward.graph.nodes if node.op == "call_function" and getattr(node.meta.get("val"), "ndim", 0) == 2]
     small = [node for node in small if min(node.meta["val"].shape) <= 3 * rank and node.meta["val"].shape[0] != rows]
     pointwise = [node for node in small if any(name in str(node.target) for name in ("cat", "mul.", "convert", "_to_copy"))]
     of_inputs = []
     for node in pointwise:
         if all(item.op == "placeholder" or item in of_inputs for item in node.all_input_nodes):
             of_inputs.append(node)
+    return small, pointwise, of_inputs
+
+
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("disable", [[], ["lora_mlp"]])
+def test_adapters_are_prepared_once(adapters, disable, monkeypatch):
+    """With the providers of GPUs: stacked, scaled and cast for the forward, and saved."""
+    monkeypatch.setattr(kernel, "choose", lambda *args: ("outer", "one_read"))
+    lowered, rows = Lowered(disable=disable), 4 * 64
+    model = tiny_lora(dtype=torch.bfloat16, r=2, lora_alpha=6, autocast_adapter_dtype=adapters == torch.float32)
+    assert_same(model, lowered.compile(model), tiny.tiny_batch(model.config, batch=4, seq=64))
+    small, _, of_inputs = prepared_again(lowered.aten[1], 2, rows)
+    assert small and not of_inputs
+
+
+@pytest.mark.parametrize("rank, adapters, prepared", [(2, torch.bfloat16, 0), (2, torch.float32, 0), (16, torch.bfloat16, 4)])
+def test_few_rows_take_few_launches(rank, adapters, prepared, lowered):
+    """Beside GEMMs the backward has nothing of an adapter's size: no stack of A made again, no scaling or cast of a gradient in x's dtype."""
+    model = tiny_lora(dtype=torch.bfloat16, r=rank, lora_alpha=3 * rank, autocast_adapter_dtype=adapters == torch.float32)
+    assert_same(model, lowered.compile(model), tiny.tiny_batch(model.config, batch=4, seq=64))
+    small, pointwise, of_inputs = prepared_again(lowered.aten[1], rank, rows=4 * 64)
     assert len([node for node in of_inputs if not any(user in of_inputs for user in node.users)]) == prepared, "A is stacked once for each group"
     assert small and (adapters == torch.float32 or pointwise == of_inputs), "the gradients come out of the GEMMs"
