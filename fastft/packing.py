@@ -7,6 +7,7 @@ The first call of the backend packs and asks Dynamo to trace the frame again, so
 strides; from then on nothing moves.
 """
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastft import _torch, match
-from fastft.kernels import lora_linear
+from fastft.kernels import attention, lora_linear, lora_mlp, materialize
 from fastft.kernels.packed import PAD
 from fastft.report import Report, Rewrite
 
@@ -31,6 +32,9 @@ _NOT_GENERATED = {
     torch.bmm,
     torch.mm,
     torch.addmm,
+    attention.op,
+    lora_linear.op,
+    lora_mlp.op,
 }
 
 # Outputs per input column from which a group gains. A norm's kernel does not write into the wider buffer itself: Inductor
@@ -66,7 +70,7 @@ def _pack(weight: torch.nn.Parameter) -> None:
 
 def _gains(x: Node, outputs: int) -> bool:
     """True where Inductor writes x with a kernel it generates, and the group is wide enough if that is a norm's."""
-    while match.is_method(x, *match.VIEWS, "transpose", "permute"):
+    while match.is_method(x, *match.VIEWS, "transpose", "permute") or match.is_function(x, operator.getitem, materialize.materialize):
         x = x.args[0]
     if x.op not in ("call_function", "call_method") or x.target in _NOT_GENERATED:
         return False

@@ -77,6 +77,27 @@ def _float64(model, x):
     return nn.functional.silu(gate) * up
 
 
+class Attended(nn.Module):
+    """A linear on what attention wrote: [x | s] would be a copy of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.o = Lora(64, 64)
+
+    def forward(self, x):
+        heads = torch.sin(x).unflatten(-1, (4, 16)).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+        return self.o(y.transpose(1, 2).flatten(2))
+
+
+def test_what_other_kernels_write_is_left_alone():
+    fastft.reset()
+    model, x = Attended(), torch.randn(2, 16, 64, dtype=torch.bfloat16)
+    gradients(model, torch.compile(model, backend="fastft", options={"pack_weights": True, "strict": True}), x)
+    providers = {row.pass_name: row.provider for report in fastft.reports() for row in report.rewrites}
+    assert "attention" in providers and providers["lora_linear"] == "accumulate+mm" and not packing.is_packed(model.o.base.weight)
+
+
 def test_transformers_saves_packed_weights(tmp_path):
     import tiny
     from transformers import AutoModelForCausalLM
