@@ -29,7 +29,7 @@ from bench_models import import_fastft
 from bench_ops import figures
 from bench_profile import attention_backend, profile
 from bench_systems import Clock, fastft_reports, gemm_probe
-from bench_turns import alone, one_size_each
+from bench_turns import alone, one_size_each, shuffled
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -96,8 +96,8 @@ def measure(
             results.pop(name, None)
     compiled = fastft_reports()[reports:]
     yield []
-    for _ in range(min(repeat, FEW) if case.seq >= LONG else repeat):
-        for name, kernel in kernels.items():
+    for turn in range(min(repeat, FEW) if case.seq >= LONG else repeat):
+        for name, kernel in shuffled(kernels.items(), turn):
             clocks[name].append(Clock(device))
             step(kernel, leaves, upstream, clocks[name][-1])
     for name in kernels:

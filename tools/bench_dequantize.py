@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from bench_models import import_fastft
 from bench_systems import Clock, gemm_probe
-from bench_turns import alone
+from bench_turns import alone, shuffled
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -86,12 +86,12 @@ def measure(weight: Weight, name: str, repeat: int, warmup: int, device: str) ->
     running: dict[str, list[float]] = {}
     results: dict[str, Tensor] = {}
     number = len(weight.copies)
-    turn = itertools.cycle(range(number))
+    places = itertools.cycle(range(number))
     for variant, run in VARIANTS.items():
         rows[variant] = {"weight": name, "shape": list(weight.copies[0][1].shape), "variant": variant, "bytes": weight.bytes}
         try:
             for _ in range(warmup + 1):
-                results[variant] = run(weight, next(turn))
+                results[variant] = run(weight, next(places))
             running[variant] = []
         except Exception as error:
             rows[variant]["error"] = f"{type(error).__name__}: {error}"[:500]
@@ -100,13 +100,13 @@ def measure(weight: Weight, name: str, repeat: int, warmup: int, device: str) ->
         rows["fastft"]["differing"] = int((ours != theirs).sum())
     results.clear()
     kept: collections.deque[Tensor] = collections.deque(maxlen=number)  # results that are alive are not written again
-    for _ in range(repeat):
-        for variant, times in running.items():
+    for turn in range(repeat):
+        for variant, times in shuffled(running.items(), turn):
             clock = Clock(device)
             clock.head_start()
             clock.mark()
             for _ in range(CALLS):
-                kept.append(VARIANTS[variant](weight, next(turn)))
+                kept.append(VARIANTS[variant](weight, next(places)))
             clock.mark()
             times.append(clock.intervals()[0] / CALLS)
     for variant, times in running.items():

@@ -20,7 +20,6 @@ import argparse
 import dataclasses
 import functools
 import os
-import random
 import statistics
 import sys
 from collections.abc import Callable
@@ -31,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from bench_models import PRESETS, import_fastft, tiny
 from bench_systems import Clock, gemm_probe, versions
-from bench_turns import alone
+from bench_turns import alone, shuffled
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
@@ -254,8 +253,7 @@ def bench(args: argparse.Namespace, say: Callable[[str], None], keep: Callable[[
     keep(result)
     with alone():
         for turn in range(4 * args.steps):
-            # The GPU is cooler after some variants than after others: shuffled, each follows each.
-            order, clocks = random.Random(turn).sample(running, len(running)), []
+            order, clocks = shuffled(running, turn), []
             for _, case, before, run, _ in order:
                 before()
                 clocks.append(timed(run, device))

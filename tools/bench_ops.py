@@ -14,6 +14,7 @@ from typing import Any
 
 from bench_models import PRESETS, TARGETS, canonical, import_fastft, seed_parameters, tiny
 from bench_systems import Clock, gemm_probe
+from bench_turns import shuffled
 from rich.table import Table
 
 VARIANTS: dict[str, tuple[bool, str | None, dict[str, Any] | None]] = {  # adapters, backend, options
@@ -130,8 +131,8 @@ def bench(args: argparse.Namespace, say: Callable[[str], None], keep: Callable[[
             variants[name] = variant
         except Exception as error:  # an unfinished backend must not take the others' figures away
             rows[name]["error"] = f"{type(error).__name__}: {error}"[:500]
-    for _ in range(4 * args.steps):
-        for variant in variants.values():
+    for turn in range(4 * args.steps):
+        for variant in shuffled(variants.values(), turn):
             variant.step(x, upstream, Clock(device))
     probe.append(gemm_probe(device, args.tiny))
 

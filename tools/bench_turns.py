@@ -10,13 +10,16 @@ import contextlib
 import fcntl
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
 
 VARIABLE = "FASTFT_BENCH_TURNS"  # FOLDER:PROCESSES, the same for all; set by bench.py, or by hand for several bench.py at once
 
@@ -46,6 +49,15 @@ def alone() -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def shuffled(variants: Iterable[Item], turn: int) -> list[Item]:
+    """The variants of one process in another order each turn: the GPU is cooler after some of them than after others, and each must follow each.
+
+    In a fixed order the bare GEMMs of `--op linear_cross_entropy` ran on a card that a slow peer had let cool, and fastft took 1.15 of their time instead of 1.08.
+    """
+    items = list(variants)
+    return random.Random(turn).sample(items, len(items))
 
 
 def one_size_each(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
