@@ -7,17 +7,20 @@ Nothing of size q x kv is stored: Inductor evaluates the text inside the reducti
 
 import ast
 import functools
+import math
 import operator
 
 import torch
 from torch import Tensor
 
 from fastft.kernels.accumulate import LIBRARY
+from fastft.kernels.materialize import materialize
 
 # Rows and columns of a tile: FlexAttention's own default.
 BLOCK = 128
 
 LIBRARY.define("block_mask(Tensor[] reads, str allowed, int rows_of, SymInt q_len, SymInt kv_len, Device device) -> Tensor[]")
+LIBRARY.define("keys_and_queries(Tensor[] reads, str allowed, int rows_of, SymInt length, Tensor read) -> Tensor[]")
 LIBRARY.define("empty_rows(Tensor[] reads, str allowed, int rows_of, SymInt q_len, SymInt kv_len, Device device) -> Tensor")
 
 _OPERATORS = {
@@ -91,18 +94,56 @@ def block_mask(reads: list[Tensor], allowed: str, rows_of: int, q_len, kv_len, d
     Returns:
         int32, in FlexAttention's order: for each row of tiles, how many are partly allowed [batch, 1, tiles of q] and which
         [batch, 1, tiles of q, tiles of kv], the same for those wholly allowed, then all four by columns.
+
+    Four kernels of Inductor's, eight where the lengths are symbols, and copies. The first evaluates the text, and is what counts: 128 queries of one key are summed up, so
+    that what the text reads of the key is read once. With padding at 4 x 2048 that takes 6.4 instructions a pair of query and key on sm_90; all of a tile
+    in one sum took 32, because both places came from one index, and were clamped to lengths that are multiples of a tile.
     """
     batch = reads[rows_of].shape[0] if rows_of >= 0 else 1
     rows, columns = (q_len + BLOCK - 1) // BLOCK, (kv_len + BLOCK - 1) // BLOCK
-    b = torch.arange(batch, device=device).view(-1, 1, 1, 1, 1)
-    q = torch.arange(rows * BLOCK, device=device).view(1, rows, BLOCK, 1, 1)
-    kv = torch.arange(columns * BLOCK, device=device).view(1, 1, 1, columns, BLOCK)
-    inside = (q < q_len) & (kv < kv_len)
-    inside = inside & evaluate(allowed, reads, b, q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1))
-    count = inside.expand(batch, rows, BLOCK, columns, BLOCK).sum((2, 4), dtype=torch.int32).unsqueeze(1)
+    b = torch.arange(batch, device=device).view(-1, 1, 1, 1)
+    q = torch.arange(rows * BLOCK, device=device).view(1, rows, BLOCK, 1)
+    kv = torch.arange(columns * BLOCK, device=device).view(1, 1, 1, -1)
+    if all(isinstance(length, int) and length % BLOCK == 0 for length in (q_len, kv_len)):
+        inside = evaluate(allowed, reads, b, q, kv)
+    else:
+        inside = evaluate(allowed, reads, b, q.clamp(max=q_len - 1), kv.clamp(max=kv_len - 1)) & (q < q_len) & (kv < kv_len)
+    of_keys = inside.expand(batch, rows, BLOCK, columns * BLOCK).sum(2, dtype=torch.int32).to(torch.uint8)
+    count = of_keys.view(batch, rows, columns, BLOCK).sum(-1, dtype=torch.int32)
     whole = count == BLOCK * BLOCK
     partly = (count > 0) & ~whole
-    return [*_ordered(partly), *_ordered(whole), *_ordered(partly.mT), *_ordered(whole.mT)]
+    kinds = [partly, whole, partly.mT, whole.mT]
+    if type(rows) is type(columns) is int and rows == columns:  # symbols in a stack are too much for Inductor, 2.11 to 2.15: CantSplit
+        return [x for pair in zip(*map(_lists, _ordered(torch.stack(kinds))), strict=True) for x in pair]
+    return [x for kind in kinds for ordered in _ordered(kind[None]) for x in _lists(ordered)]
+
+
+def _lists(stacked: Tensor) -> list[Tensor]:
+    """[n, batch, ...] -> n times [batch, 1, ...], with the strides FlexAttention's kernels take for granted.
+
+    They step from one row of the batch to the next by the stride of the dimension of heads, where that has one entry. Inductor gives such a dimension
+    any stride (0, 1 and 256 seen, torch 2.11 to 2.15), and every row of the batch then attends by the tiles of the first. So the memory is written by an
+    op that Inductor does not generate, and the strides are named.
+    """
+    made = materialize(stacked)
+    shape = made.shape[1:]
+    step = math.prod(shape[1:])
+    strides = (step, step, *(math.prod(shape[i + 1 :]) for i in range(1, len(shape))))
+    return [made.as_strided((shape[0], 1, *shape[1:]), strides, n * shape[0] * step) for n in range(made.shape[0])]
+
+
+def keys_and_queries(reads: list[Tensor], allowed: str, rows_of: int, length, read: Tensor) -> list[Tensor]:
+    """Two int32 [batch, length] that say which keys are seen and which queries see at all: the pairs whose numbers are equal.
+
+    Args:
+        reads, rows_of: as in `block_mask`. allowed: a text that depends on b and kv alone. read: bool [batch, length]; other queries see only where
+            their own key is allowed.
+    """
+    batch = reads[rows_of].shape[0] if rows_of >= 0 else 1
+    b, kv = torch.arange(batch, device=read.device)[:, None], torch.arange(length, device=read.device)
+    keys = evaluate(allowed, reads, b, None, kv).expand(batch, length).to(torch.int32)
+    # stacked: Inductor writes what goes into a stack, and would repeat it in attention's kernels otherwise, bools and all
+    return list(torch.stack([keys, torch.where(read, 1, 2 - keys)]).unbind())
 
 
 def empty_rows(reads: list[Tensor], allowed: str, rows_of: int, q_len, kv_len, device: torch.device) -> Tensor:
@@ -112,12 +153,20 @@ def empty_rows(reads: list[Tensor], allowed: str, rows_of: int, q_len, kv_len, d
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """How many tiles of each row are set, and the numbers of all tiles with the set ones first, in order."""
-    numbers = torch.argsort(tiles.to(torch.int32), dim=-1, descending=True, stable=True)
-    return tiles.sum(-1, dtype=torch.int32), numbers.to(torch.int32).contiguous()
+    """How many tiles of each row are set, and their numbers in order; behind them stands the last tile's, which FlexAttention's kernels do not use.
+
+    The nth is behind all tiles that have no more than n set up to them. Sorting kept ptxas busy for more than two minutes (stopped) at 128 tiles, which is
+    16384 tokens, in one of the forms that Inductor tries (32 rows at once by 2 warps; 12 s at 64 tiles).
+    """
+    size = tiles.shape[-1]
+    so_far = tiles.cumsum(-1, dtype=torch.int32)
+    number = (so_far[..., None, :] <= torch.arange(size, device=tiles.device)[:, None]).sum(-1, dtype=torch.int32)
+    return tiles.sum(-1, dtype=torch.int32), number.clamp(max=size - 1)
 
 
 LIBRARY.impl("block_mask", block_mask, "CompositeImplicitAutograd")
+LIBRARY.impl("keys_and_queries", keys_and_queries, "CompositeImplicitAutograd")
 LIBRARY.impl("empty_rows", empty_rows, "CompositeImplicitAutograd")
 op = torch.ops.fastft.block_mask.default
+tokens_op = torch.ops.fastft.keys_and_queries.default
 empty_op = torch.ops.fastft.empty_rows.default

@@ -1,6 +1,6 @@
-"""`fastft::materialize(x) = x`, copied: a tensor that is computed here, once, and read from memory by all that use it.
+"""`fastft::materialize(x) = x`, copied: a contiguous tensor that is computed here, once, and read from memory by all that use it.
 
-For passes/rope_tables.py: Inductor repeats what is element-wise in every kernel that reads it.
+For passes/rope_tables.py: Inductor repeats what is element-wise in every kernel that reads it. For kernels/mask.py: it chooses strides.
 """
 
 import torch
@@ -12,7 +12,7 @@ LIBRARY.define("materialize(Tensor x) -> Tensor")
 
 
 def _copy(x: Tensor) -> Tensor:
-    return x.clone()
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 LIBRARY.impl("materialize", _copy, "CompositeExplicitAutograd")

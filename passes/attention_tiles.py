@@ -28,12 +28,17 @@ def once(gm: GraphModule, target: Any, args: tuple, fake_mode: Any) -> Node:
     return made
 
 
-def tiles(gm: GraphModule, args: tuple, fake_mode: Any) -> list[Node]:
-    """The eight lists of `fastft::block_mask(*args)`, as nodes that `gm` can use."""
-    made = once(gm, masks.op, args, fake_mode)
+def several(gm: GraphModule, target: Any, args: tuple, fake_mode: Any) -> list[Node]:
+    """The tensors of the list that `target(*args)` gives, as nodes of its graph."""
+    made = once(gm, target, args, fake_mode)
     found = sorted(made.users, key=lambda node: node.args[1])
     for number in range(len(found), len(made.meta["example_value"])):
         with made.graph.inserting_after(found[-1] if found else made):
             found.append(made.graph.call_function(operator.getitem, (made, number)))
         found[-1].meta["example_value"] = made.meta["example_value"][number]
-    return [match.bring_in(gm, node) for node in found]
+    return found
+
+
+def tiles(gm: GraphModule, args: tuple, fake_mode: Any) -> list[Node]:
+    """The eight lists of `fastft::block_mask(*args)`, as nodes that `gm` can use."""
+    return [match.bring_in(gm, node) for node in several(gm, masks.op, args, fake_mode)]

@@ -3,13 +3,18 @@
     before   tiles = fastft::block_mask([padding], "(kv <= q) & (t0[b, kv])")
              loss = cross_entropy(logits.view(-1, V), labels, ignore_index=-100)
     after    read = (labels != -100).view_as(padding)                                               the labels' few nodes, copied to the front
-             tiles = fastft::block_mask([padding, read], "((kv <= q) & (t0[b, kv])) & ((t0[b, q]) | t1[b, q])")
+             keys, queries = fastft::keys_and_queries([padding], "(t0[b, kv])", ..., read)          1 or 0, 1 or 2
+             tiles = fastft::block_mask([keys, queries], "(kv <= q) & (t0[b, kv] == t1[b, q])")
 
 eager computes what a padded query attends to, and so does `attention`: 30 % padding to 8192 costs 1.33 times what it needs
 (tools/results/2026-11-22-op-attention.json). Where every attention forbids the padded keys, such a query's row reaches nothing but its own logits: if its label
 is ignored, the loss and all gradients are the same without it. A padded query whose label counts (the last before the text, in a batch padded on the left;
 labels that were not set to -100) is computed as before, token by token, batch by batch. So is a whole row in which a query without any key is read (it weighs
 all values alike). What changes: the logits returned for padding, as with transformers' flash_attention_2.
+
+`keys` and `queries` are int32 because FlexAttention's kernels load them in every partly allowed tile. Triton fetches 4 and 8 bytes ahead of the loop
+(cp.async), while for a bool the loop waits: 10 loads in the backward's inner loop instead of 2. Instructions of the backward's two loops over such tiles on
+sm_90: 613 and 873; int64 padding and a bool `read` took 648 and 1060, int64 document numbers by hand take 714 and 1017.
 
 Taken: one or more `cross_entropy` over all tokens, whose labels come from the graph's inputs, and no other floating-point output than a loss made from them and
 the logits. Left, with a Miss: the reasons below. A model that mixes tokens in other ways than attention is left as it is.
@@ -25,8 +30,9 @@ from torch.fx import GraphModule, Node
 
 from fastft import match
 from fastft.kernels import attention as kernel
+from fastft.kernels import mask as masks
 from fastft.match import is_function, is_method, origin, value
-from fastft.passes.attention_tiles import once, tiles
+from fastft.passes.attention_tiles import once, several, tiles
 from fastft.passes.labels import are_written, writes
 from fastft.passes.token_mixing import mixing
 from fastft.result import Match, Miss
@@ -185,13 +191,17 @@ def _with_everything_read(gm: GraphModule, read: Node, empty: Node) -> Node:
 
 
 def _leave_out(body: GraphModule, node: Node, padding: str, read: Node) -> None:
-    reads = [*map(origin, kernel.get(node, "reads")), read]
+    reads = [*map(origin, kernel.get(node, "reads"))]
     block_mask = origin(kernel.get(node, "blocks")[0]).args[0]  # behind the first list
-    _, _, _, *lengths, device = block_mask.args
-    fake, number = value(read).fake_mode, len(reads) - 1
-    at_query = re.sub(r"\bkv\b", "q", padding)
-    allowed = f"({kernel.get(node, 'allowed')}) & (({at_query}) | t{number}[b, q])"
-    blocks = tiles(body, (reads, allowed, number, *lengths, device), fake)
+    _, _, rows_of, *lengths, device = block_mask.args
+    fake = value(read).fake_mode
+    tokens = several(body, masks.tokens_op, (reads, padding, rows_of, lengths[1], read), fake)
+    others = [part for part in _parts(kernel.get(node, "allowed")) if part not in _parts(padding)]
+    used = sorted({int(number) for part in others for number in re.findall(r"\bt(\d+)\b", part)})
+    text = re.sub(r"\bt(\d+)\b", lambda number: f"t{used.index(int(number[1]))}", " & ".join(others))
+    allowed = " & ".join(filter(None, [text, f"(t{len(used)}[b, kv] == t{len(used) + 1}[b, q])"]))
+    reads = [*(reads[number] for number in used), *tokens]
+    blocks = tiles(body, (reads, allowed, len(used), *lengths, device), fake)
     kernel.change(node, reads=[match.bring_in(body, item) for item in reads], allowed=allowed, blocks=blocks)
     empty = kernel.get(node, "empty")
     if empty is not None:  # queries without keys that are read

@@ -6,6 +6,7 @@
     python tools/bench.py --systems inductor,fastft --padding 0.3             # 30 % of the batch is padding, with an attention mask
     python tools/bench.py --systems inductor,fastft --documents packed        # documents packed into the rows, with position_ids
     python tools/bench.py --systems inductor,fastft --documents padded        # the same mix of documents, padded one to a row
+    python tools/bench.py --documents packed --lengths topics                 # documents as long as those of `make demo`
     python tools/bench.py --quant nf4 --systems inductor,unsloth,fastft       # QLoRA: every linear but lm_head in NF4
     python tools/bench.py --op lora_linear --hidden 2048 --profile            # one decoder layer, variants interleaved
     python tools/bench.py --op attention                                      # one attention beside the best kernel called by hand
@@ -46,7 +47,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import bench_turns  # noqa: E402
-from bench_batch import SHORTEST  # noqa: E402
+from bench_batch import SHORTEST, topic_lengths  # noqa: E402
 from bench_models import BUILDERS, PRESETS, SYSTEMS, tiny  # noqa: E402
 from bench_profile import print_profiles  # noqa: E402
 from bench_results import header, machine, out_path, write  # noqa: E402
@@ -78,6 +79,7 @@ def parse() -> argparse.Namespace:
     add("--quant", choices=("nf4",), help="base linears in 4 bits, as transformers loads them with BitsAndBytesConfig: nested statistics, blocks of 64")
     add("--padding", type=float, metavar="FRACTION", help="rows of 0.4 to 1 of --seq, this share of the batch being padding on the right (0 to 0.6)")
     add("--documents", choices=("packed", "padded"), help="documents of mixed lengths: packed into full rows, or one to a row")
+    add("--lengths", choices=("zipf", "topics"), default="zipf", help="of --documents: a Zipf mix, or those of the topics that `make demo` trains on")
     add("--autocast", action="store_true", help="forward under torch.autocast(bf16), as Trainer(bf16=True) does")
     add("--checkpointing", action="store_true", help="recompute every layer (Unsloth: its own offloaded form)")
     add("--options", type=json.loads, metavar="JSON", help="options for fastft, e.g. '{\"pack_weights\": true}'")
@@ -97,6 +99,8 @@ def parse() -> argparse.Namespace:
         parser.error(f"unknown systems {unknown}: choose from {', '.join(BUILDERS)}")
     if args.padding is not None and args.documents:
         parser.error("--padding and --documents exclude each other")
+    if args.lengths != "zipf" and not args.documents:
+        parser.error("--lengths is of --documents")
     if not 0 <= (args.padding or 0) <= 1 - SHORTEST:
         parser.error(f"--padding takes 0 to {1 - SHORTEST:g}: rows are at least {SHORTEST:g} of --seq")
     return args
@@ -205,12 +209,13 @@ def bench_models(args: argparse.Namespace) -> bool:
     spec = {"arch": preset.arch, "config": config, "batch": args.batch or preset.batch, "seq": args.seq or preset.seq}
     spec |= {key: getattr(args, key) for key in ("steps", "warmup", "rank", "alpha", "dropout", "adapter_dtype", "checkpointing", "autocast")}
     spec |= {key: getattr(args, key) for key in ("quant", "padding", "documents", "options", "seed", "profile", "tiny")}
+    spec["lengths"] = topic_lengths() if args.lengths == "topics" else None
     host = machine()
     what = "-".join(filter(None, [args.preset, args.quant]))
     batch = f"batch {spec['batch']} x {spec['seq']}"
     if args.documents or args.padding is not None:
-        what += f"-{args.documents or 'padding'}"
-        batch += f", documents {args.documents}" if args.documents else f", {args.padding:.0%} padding"
+        what += f"-{args.documents or 'padding'}" + "-topics" * bool(spec["lengths"])
+        batch += f", documents {args.documents} ({args.lengths})" if args.documents else f", {args.padding:.0%} padding"
     path = out_path(args, what)
     document = header(args, host) | {"spec": spec, "systems": []}
     rows: list[dict[str, Any]] = document["systems"]

@@ -77,6 +77,7 @@ class Spec:
     quant: str | None = None  # of the base linears: nf4
     padding: float | None = None
     documents: str | None = None
+    lengths: list[int] | None = None  # of the documents; None: a Zipf mix
     options: dict[str, Any] | None = None
     seed: int = 0
     lr: float = 1e-4
@@ -222,7 +223,7 @@ def _one_packed_row(model: Any, spec: Spec, device: str) -> Callable[..., Any]:
     """Unsloth's form of a packed batch: one row, and `packed_seq_lengths`. With torch's kernels it packs a single row only; more make a dense mask."""
     import torch
 
-    lengths = sum(packed_documents(spec.batch, spec.seq, spec.seed), [])
+    lengths = sum(packed_documents(spec.batch, spec.seq, spec.seed, spec.lengths), [])
     packed_seq_lengths = torch.tensor(lengths, dtype=torch.int32, device=device)  # one object for all steps: Unsloth's cache goes by identity
     return lambda **batch: model(**{name: x.reshape(1, -1) for name, x in batch.items()}, packed_seq_lengths=packed_seq_lengths)
 

@@ -128,7 +128,7 @@ def measure(spec: Spec, device: str) -> dict[str, Any]:
     result["trainable"] = sum(p.numel() for p in params.values())
     result["adapter_dtype"] = sorted({str(p.dtype).removeprefix("torch.") for p in params.values()})
     optimizer = torch.optim.AdamW(params.values(), lr=spec.lr, fused=True)
-    batch = make_batch(spec.config["vocab_size"], spec.batch, spec.seq, spec.seed, device, spec.padding, spec.documents)
+    batch = make_batch(spec.config["vocab_size"], spec.batch, spec.seq, spec.seed, device, spec.padding, spec.documents, spec.lengths)
     losses: list[Any] = []
     norms: list[Any] = []
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 EMPTY = "No measurements yet."
 #: what of `spec` makes a setup
-SETUP = "arch|config|batch|seq|quant|rank|alpha|dropout|adapter_dtype|autocast|checkpointing|options|padding|documents".split("|")
+SETUP = "arch|config|batch|seq|quant|rank|alpha|dropout|adapter_dtype|autocast|checkpointing|options|padding|documents|lengths".split("|")
 
 
 def load(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
@@ -85,7 +85,7 @@ def heading(document: dict[str, Any]) -> str:
 
 def batch_form(spec: dict[str, Any]) -> str:
     if spec.get("documents"):
-        return f", documents {spec['documents']}"
+        return f", documents {spec['documents']}" + ", as long as the topics of `make demo`" * bool(spec.get("lengths"))
     return "" if spec.get("padding") is None else f", {spec['padding']:.0%} padding"
 
 

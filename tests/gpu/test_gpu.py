@@ -171,7 +171,7 @@ def test_attention_trains_right(arch, attention, kind):
 
 @pytest.mark.parametrize("kind", ["padding", "documents", "causal"])
 def test_no_tensor_of_query_by_key(kind):
-    """16384 tokens: a bool mask of the square alone would be 256 MiB."""
+    """16384 tokens: a bool mask of the square alone would be 256 MiB. 128 tiles a side: a length at which sorting them did not compile (kernels/mask.py)."""
     model = tiny.tiny_model("llama", layers=1, dtype=BF16, seq=16384).cuda().train()
     batch = (
         padded(model, 16384, "right") if kind == "padding" else packed(model, 16384) if kind == "documents" else packed(model, 16384) | {"position_ids": None}

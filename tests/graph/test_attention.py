@@ -44,9 +44,10 @@ def checking_tiles(q, k, v, score_mod, mask_mod, blocks, block_size, scale, read
 
 
 def _set(counts: Tensor, numbers: Tensor) -> Tensor:
-    """bool [batch, rows, columns] of the tiles that a BlockMask's two lists name."""
+    """bool [batch, rows, columns] of the tiles that a BlockMask's two lists name; behind those counted stands any number of a tile."""
     named = torch.arange(numbers.shape[-1]) < counts[..., None]
-    return torch.zeros(numbers.shape, dtype=torch.bool).scatter(-1, numbers.long(), named)[:, 0]
+    assert 0 <= numbers.min() and numbers.max() < numbers.shape[-1]
+    return torch.zeros(numbers.shape, dtype=torch.uint8).scatter_add(-1, numbers.long(), named.byte())[:, 0] == 1
 
 
 def take_flex(monkeypatch, block: int = 8) -> None:

@@ -75,8 +75,10 @@ def test_tiles_are_fewer(monkeypatch):
         rewriter.compile(model)(**given)
         (node,) = (n for n in rewriter.graphs[0].graph.nodes if n.target is kernel.op)
         blocks = kernel.get(node, "blocks")[0].args[0]
-        reads = {"l_kwargs_attention_mask_": given["attention_mask"]}
-        values = [reads.get(item.name, given["attention_mask"]) if index == 0 else _read(given) for index, item in enumerate(blocks.args[0])]
+        values = [given["attention_mask"]]
+        if not disable:
+            tokens = blocks.args[0][0].args[0]
+            values = masks.tokens_op(values, *tokens.args[1:4], _read(given))
         tiles = torch.ops.fastft.block_mask(values, *blocks.args[1:])
         counts.append(int(tiles[0].sum() + tiles[2].sum()))
     assert counts == [3, 7]
@@ -107,12 +109,12 @@ def test_checkpointed_bodies():
 class Small(nn.Module):
     """One attention with padding and whatever a test puts behind or before it."""
 
-    def __init__(self, after=None, before=None, hidden=False, causal=True, loss=lambda m, *given: F.cross_entropy(*given)):
+    def __init__(self, after=None, before=None, hidden=False, causal=True, tokens=None, loss=lambda m, *given: F.cross_entropy(*given)):
         super().__init__()
         self.embed, self.qkv, self.head = nn.Embedding(200, 32), nn.Linear(32, 96), nn.Linear(32, 200)
         self.conv = nn.Conv1d(32, 32, 3, padding=1)
         self.register_buffer("weights", torch.rand(200))
-        self.after, self.before, self.hidden, self.causal, self.loss = after, before, hidden, causal, loss
+        self.after, self.before, self.hidden, self.causal, self.tokens, self.loss = after, before, hidden, causal, tokens, loss
 
     def forward(self, input_ids, attention_mask, labels):
         x = self.embed(input_ids)
@@ -122,6 +124,8 @@ class Small(nn.Module):
         place, allowed = torch.arange(LENGTH), attention_mask[:, None, None, :] > 0
         if self.causal:
             allowed = (place[None, :] <= place[:, None]) & allowed
+        if self.tokens:
+            allowed = allowed & self.tokens(input_ids[:, None, None, :], input_ids[:, None, :, None])
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).reshape(x.shape)
         x = x + y
         logits = self.head(x)
@@ -173,6 +177,17 @@ def test_ignored_by_position(arguments):
     with torch.no_grad():
         other = (compiled(**given).logits - model(**given).logits).abs().amax(-1) > 1e-4
     assert torch.equal(other, given["attention_mask"] == 0)  # just these queries are left out
+
+
+@pytest.mark.parametrize("tokens", [torch.eq, torch.le])
+def test_what_else_the_mask_reads_stays(tokens):
+    """Documents come before the padding in the text, what has no name after it: its tensor gets another number, because the padding's own is left out."""
+    model, given, rewriter = Small(tokens=tokens), batch("left", "one"), Rewriter(of="unread_queries")
+    given["input_ids"] = given["input_ids"] // 100 + 8
+    assert_same(model, rewriter.compile(model), given)
+    assert taken(rewriter) == 1 and not rewriter.misses
+    (call,) = (node for node in rewriter.graphs[0].graph.nodes if node.target is kernel.op)
+    assert "t0[b, q]" in kernel.get(call, "allowed") and kernel.get(call, "allowed").endswith("(t1[b, kv] == t2[b, q])") and len(kernel.get(call, "reads")) == 3
 
 
 def test_padding_alone():
