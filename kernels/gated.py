@@ -1,9 +1,10 @@
 """`fastft::gated`: the gate of an MLP, h = act(gate) * up, which adds the low-rank terms of gate and up itself.
 
     forward     h = act(g + s_g B_g^T) * (u + s_u B_u^T)              g, u: what the base GEMMs give, [M, N]
-    backward    dh' = dh + dS A                                       dh: down's base GEMM; dS, A: down's adapters
+    backward    dh' = dh + mask (dS A) / (1 - p)                      dh: down's base GEMM; dS, A: down's adapters
                 d_gate = dh' up act'(gate) ; d_up = dh' act(gate)
-                dA = dS^T h                                           h is made again and not written
+                dA = dS^T (mask h) / (1 - p)                          h is made again and not written
+                mask: of down's dropout, from its seeds (kernels/dropout.py); without it all ones and p = 0
 
 A gate reads g, u and, in the backward, dh anyway, so these terms cost it a product of inner size R on each tile. As summands
 that the base GEMMs add to (kernels/low_rank.py) they are written once and read once more, and for dA h is: seven times M N
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import mm_flop, register_flop_formula
 
+from fastft.kernels import dropout as masks
 from fastft.kernels import warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.guard import guarded
@@ -35,6 +37,8 @@ from fastft.kernels.low_rank import runs, unit_columns
 try:
     import triton
     import triton.language as tl
+
+    from fastft.kernels.low_rank import mix
 except ImportError:  # CPU builds of PyTorch come without Triton
     triton = None
 
@@ -48,7 +52,8 @@ STEPS, STEPS_BACKWARD = 8, 32
 
 LIBRARY.define("gated(Tensor g, Tensor u, Tensor s, Tensor b_g, Tensor b_u, str activation) -> Tensor")
 LIBRARY.define(
-    "gated_backward(Tensor dh, Tensor ds, Tensor a, Tensor g, Tensor u, Tensor s, Tensor b_g, Tensor b_u, str activation) -> (Tensor, Tensor, Tensor)"
+    "gated_backward(Tensor dh, Tensor ds, Tensor a, Tensor g, Tensor u, Tensor s, Tensor b_g, Tensor b_u, str activation, "
+    "Tensor? seeds=None, Tensor? columns=None, float dropout=0.0) -> (Tensor, Tensor, Tensor)"
 )
 
 aten = torch.ops.aten
@@ -76,16 +81,23 @@ def reference(g, u, s, b_g, b_u, activation: str) -> Tensor:
     return (ACTIVATIONS[activation][0](_sum(g, s_g, b_g.t())) * _sum(u, s_u, b_u.t())).to(g.dtype)
 
 
-def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """dh: [M, N], ds: [M, P], a: [P, N], the rest as in `reference`. The specification.
+def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str, seeds=None, columns=None, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """dh: [M, N], ds: [M, P], a: [P, N], seeds: int32 [1, M], columns: `dropout.columns(N)`, dropout: p; the rest as in `reference`. The specification.
 
     Returns d_gate and d_up [M, N] and the partial sums of dA, [1, P, N], in float32 or wider.
     """
     s_g, s_u = parts(s, b_g, b_u)
-    dh, gate, up = _sum(dh, ds, a), _sum(g, s_g, b_g.t()), _sum(u, s_u, b_u.t())
+    gate, up = _sum(g, s_g, b_g.t()), _sum(u, s_u, b_u.t())
     function, gradient = ACTIVATIONS[activation]
     act = function(gate)
-    da = ds.t().to(act.dtype) @ (act * up).to(g.dtype).to(act.dtype)
+    seen = (act * up).to(g.dtype).to(act.dtype)
+    if dropout:
+        kept = masks.keep_mask(seeds, 0, dropout, a.shape[1])
+        low_rank = ds.to(act.dtype) @ a.to(act.dtype) * masks.scale(dropout)
+        dh, seen = dh.to(act.dtype) + torch.where(kept, low_rank, 0.0), torch.where(kept, seen * masks.scale(dropout), 0.0)
+    else:
+        dh = _sum(dh, ds, a)
+    da = ds.t().to(act.dtype) @ seen
     return gradient(dh * up, gate).to(g.dtype), (dh * act).to(g.dtype), da[None]
 
 
@@ -140,10 +152,10 @@ if triton is not None:
 
     @triton.jit
     def gated_backward_kernel(
-        dh_ptr, ds_ptr, a_ptr, g_ptr, u_ptr, sg_ptr, su_ptr, bg_ptr, bu_ptr, dg_ptr, du_ptr, da_ptr,
+        dh_ptr, ds_ptr, a_ptr, g_ptr, u_ptr, sg_ptr, su_ptr, bg_ptr, bu_ptr, seeds_ptr, columns_ptr, dg_ptr, du_ptr, da_ptr,
         M, N, stride_dh, stride_ds, stride_ar, stride_an,
         stride_g, stride_u, stride_sg, stride_su, stride_bgr, stride_bgn, stride_bur, stride_bun,
-        RANK_D: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr, ACTIVATION: tl.constexpr,
+        RANK_D: tl.constexpr, RANK_G: tl.constexpr, RANK_U: tl.constexpr, LIMIT: tl.constexpr, SCALE: tl.constexpr, ACTIVATION: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, STEPS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -152,6 +164,8 @@ if triton is not None:
         b_u = factor(bu_ptr, stride_bur, stride_bun, cols, in_n, RANK_U, BLOCK_R)
         a = factor(a_ptr, stride_ar, stride_an, cols, in_n, RANK_D, BLOCK_R)
         da = tl.zeros((BLOCK_R, BLOCK_N), dtype=tl.float32)
+        if LIMIT > -2147483648:  # the limit where dropout is 0
+            columns = tl.load(columns_ptr + cols, mask=in_n, other=0)[None, :]
         for i in tl.range(STEPS, num_stages=STAGES):
             rows = (tl.program_id(1).to(tl.int64) * STEPS + i) * BLOCK_M + tl.arange(0, BLOCK_M)
             in_m = rows < M
@@ -159,14 +173,21 @@ if triton is not None:
             gate = tl.dot(rows_of(sg_ptr, stride_sg, rows, in_m, RANK_G, BLOCK_R), b_g) + tile(g_ptr, stride_g, rows, cols, in_m, in_n)
             up = tl.dot(rows_of(su_ptr, stride_su, rows, in_m, RANK_U, BLOCK_R), b_u) + tile(u_ptr, stride_u, rows, cols, in_m, in_n)
             ds = rows_of(ds_ptr, stride_ds, rows, in_m, RANK_D, BLOCK_R)
-            dh = tl.dot(ds, a) + tile(dh_ptr, stride_dh, rows, cols, in_m, in_n)
+            low_rank = tl.dot(ds, a)
+            if LIMIT > -2147483648:
+                kept = mix(tl.load(seeds_ptr + rows, mask=in_m, other=0)[:, None] ^ columns) >= LIMIT
+                low_rank = tl.where(kept, low_rank * SCALE, 0.0)
+            dh = low_rank + tile(dh_ptr, stride_dh, rows, cols, in_m, in_n)
             act, slope = activate(gate, ACTIVATION)
-            da = tl.dot(tl.trans(ds), (act * up).to(ds.dtype), da)
+            h = (act * up).to(ds.dtype)
+            if LIMIT > -2147483648:
+                h = tl.where(kept, h, 0.0)
+            da = tl.dot(tl.trans(ds), h, da)
             tl.store(du_ptr + out, (dh * act).to(du_ptr.dtype.element_ty), mask=inside)
             tl.store(dg_ptr + out, (dh * up * slope).to(dg_ptr.dtype.element_ty), mask=inside)
         ranks = tl.arange(0, BLOCK_R)
         da_ptr += tl.program_id(1).to(tl.int64) * RANK_D * N
-        tl.store(da_ptr + ranks[:, None] * N + cols[None, :], da, mask=(ranks < RANK_D)[:, None] & in_n[None, :])
+        tl.store(da_ptr + ranks[:, None] * N + cols[None, :], da * SCALE, mask=(ranks < RANK_D)[:, None] & in_n[None, :])
 
 
 def _constants(steps: int, activation: str, *ranks: int) -> dict:
@@ -188,7 +209,7 @@ def launch(g, u, s, b_g, b_u, activation: str) -> Tensor:
     return h
 
 
-def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str, seeds=None, columns=None, dropout: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`reference_backward` by the kernel, dA in as many parts as there are programs below each other."""
     dh, ds, g, u, s = map(unit_columns, (dh, ds, g, u, s))
     s_g, s_u = parts(s, b_g, b_u)
@@ -197,9 +218,10 @@ def launch_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tens
     dg, du, da = g.new_empty((m, n)), g.new_empty((m, n)), g.new_empty((blocks, ds.shape[1], n), dtype=torch.float32)
     warmup.launch(
         gated_backward_kernel, (triton.cdiv(n, BLOCK_N), blocks),
-        dh, ds, a, g, u, s_g, s_u, b_g, b_u, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
+        dh, ds, a, g, u, s_g, s_u, b_g, b_u, seeds if dropout else ds, columns if dropout else ds, dg, du, da, m, n, dh.stride(0), ds.stride(0), *a.stride(),
         g.stride(0), u.stride(0), s_g.stride(0), s_u.stride(0), *b_g.stride()[::-1], *b_u.stride()[::-1],
-        RANK_D=len(a), RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], **_constants(STEPS_BACKWARD, activation, len(a), b_g.shape[1], b_u.shape[1]),
+        RANK_D=len(a), RANK_G=b_g.shape[1], RANK_U=b_u.shape[1], LIMIT=masks.limit(dropout), SCALE=masks.scale(dropout),
+        **_constants(STEPS_BACKWARD, activation, len(a), b_g.shape[1], b_u.shape[1]),
     )  # fmt: skip
     return dg, du, da
 
@@ -218,8 +240,8 @@ def _cuda(g, u, s, b_g, b_u, activation: str) -> Tensor:
     return guarded("gated", lambda: launch(*args), lambda: reference(*args)) if serves(g, b_g.shape[1], b_u.shape[1]) else reference(*args)
 
 
-def _cuda_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    args = (dh, ds, a, g, u, s, b_g, b_u, activation)
+def _cuda_backward(dh, ds, a, g, u, s, b_g, b_u, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    args = (dh, ds, a, g, u, s, b_g, b_u, *rest)
 
     def fallback() -> tuple[Tensor, Tensor, Tensor]:
         dg, du, da = reference_backward(*args)

@@ -5,7 +5,7 @@
     after    y = fastft::lora_mlp(x, [W_gate, W_up, W_down], ..., "silu", ...)
 
 Taken: silu and both gelus, gate and up in either order or halves of one linear (`chunk`, Phi-3; W and B are cut, A counts for both),
-other linears beside them on x, which stay a group, where the kernels of all three linears stream ("outer": a CUDA GPU, 16 bit,
+other linears beside them on x, which stay a group, dropout with its masks, where the kernels of all three linears stream ("outer": a CUDA GPU, 16 bit,
 many rows, small ranks) and nothing else reads what lies between.
 Left, each with a Miss: the reasons below. Elsewhere the two `lora_linear`s stay and nothing is said: it is not a candidate.
 """
@@ -24,7 +24,7 @@ from fastft.result import Match, Miss
 
 READ = "gated MLP: something else reads the gate, up or their product"
 SIBLINGS = "gated MLP: another linear reads the product"
-DROPOUT = "gated MLP: dropout in the adapters"
+DROPOUT = "gated MLP: dropout, and down has several adapters, or gate and up are halves or have siblings"
 TRAINED = "gated MLP: down's base weight is trained"
 TRAINED_WHOLE = "gated MLP: gate and up are halves of one trained base weight"
 STATE = "gated MLP: a write or a change of autocast or grad mode between gate and down"
@@ -115,7 +115,8 @@ def _reason(down: Node, group: Node, pair: tuple[Part, Part], segment: dict[Node
         return READ
     if len(down.args[1]) > 1:
         return SIBLINGS
-    if any(group.args[8]) or any(down.args[8]):
+    # masks belong to the places of adapters in their group, and halves of one linear share theirs
+    if any(down.args[8]) and len(down.args[8]) > 1 or any(group.args[8]) and (len(group.args[1]) > 2 or pair[0].rows is not None):
         return DROPOUT
     if match.value(down.args[1][0]).requires_grad:
         return TRAINED
@@ -125,12 +126,13 @@ def _reason(down: Node, group: Node, pair: tuple[Part, Part], segment: dict[Node
 
 
 def _arguments(group: Node, linears: list[int], rows: list[slice | None]) -> list:
-    """The arguments of `group` up to the scalings for some of its linears, in this order, or for rows of them."""
-    x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling = group.args[:8]
+    """The arguments of `group` up to its dropout for some of its linears, in this order, or for rows of them."""
+    x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, dropout = group.args[:9]
     adapters = [(place, j) for place, linear in enumerate(linears) for j, of in enumerate(owner) if of == linear]
     of_linear = [[_cut(values[i], cut) for i, cut in zip(linears, rows, strict=True)] for values in (weights, biases)]
     of_b = [[_cut(values[j], rows[place]) for place, j in adapters] for values in (lora_b, lora_biases)]
-    return [x, *of_linear, [lora_a[j] for _, j in adapters], *of_b, [place for place, _ in adapters], [scaling[j] for _, j in adapters]]
+    of_adapter = [[values[j] for _, j in adapters] for values in (scaling, dropout)]
+    return [x, *of_linear, [lora_a[j] for _, j in adapters], *of_b, [place for place, _ in adapters], *of_adapter]
 
 
 def _cut(node: Node | None, rows: slice | None) -> Node | None:
@@ -146,7 +148,9 @@ def _replace(gm: GraphModule, down: Node, result: Node, activation: str, group: 
     with gm.graph.inserting_before(down):
         (x, *first), (_, *second) = _arguments(group, linears, [part.rows for part in pair]), _arguments(down, [0], [None])
         second[5] = [2] * len(second[5])  # the owners: down is the third linear
-        call = gm.graph.call_function(kernel.op, (x, *(a + b for a, b in zip(first, second, strict=True)), activation, *provider))
+        *arguments, dropout = (a + b for a, b in zip(first, second, strict=True))
+        seeds = (dropout, group.args[9], down.args[9]) if any(dropout) else ()
+        call = gm.graph.call_function(kernel.op, (x, *arguments, activation, *provider, *seeds))
     call.meta = dict(result.meta)
     result.replace_all_uses_with(call)
     match.erase_dead(result)
@@ -158,8 +162,7 @@ def _replace(gm: GraphModule, down: Node, result: Node, activation: str, group: 
 def _leave_out(group: Node, linears: list[int]) -> None:
     """What is left of a group whose other linears share x: parallel attention (Cohere)."""
     rest = [i for i in range(len(group.args[1])) if i not in linears]
-    left = _arguments(group, rest, [None] * len(rest))
-    group.args = (*left, [0.0] * len(left[-1]), *group.args[9:])
+    group.args = (*_arguments(group, rest, [None] * len(rest)), *group.args[9:])
     group.meta["example_value"] = [group.meta["example_value"][i] for i in rest]
     for item in list(group.users):
         item.args = (group, rest.index(item.args[1]))

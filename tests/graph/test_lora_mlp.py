@@ -5,6 +5,7 @@ import torch
 from conftest import Autocast, Lowered, Rewriter, assert_same, batch_for, tiny_lora, tiny_qlora
 from torch import nn
 
+from fastft import contract
 from fastft.kernels import lora_linear as kernel
 from fastft.passes.lora_mlp import DROPOUT, READ, SIBLINGS, STATE, TRAINED, TRAINED_WHOLE
 
@@ -104,9 +105,11 @@ class Mlp(nn.Module):
         self.base = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()}).requires_grad_(False)
         self.a = nn.ModuleDict({name: nn.Linear(size[0], 2, bias=False) for name, size in sizes.items()})
         self.b = nn.ModuleDict({name: nn.Linear(2, size[1], bias=False) for name, size in sizes.items()})
+        self.dropped = ()
 
     def linear(self, name, x):
-        return self.base[name](x) + self.b[name](self.a[name](x)) * {"up": 0.5, "down": 3.0}.get(name, 2.0)
+        seen = nn.functional.dropout(x, 0.25) if name in self.dropped else x
+        return self.base[name](x) + self.b[name](self.a[name](seen)) * {"up": 0.5, "down": 3.0}.get(name, 2.0)
 
     def product(self, x):
         return nn.functional.silu(self.linear("gate", x)) * self.linear("up", x)
@@ -230,8 +233,34 @@ def test_reasons(kind, reason, found):
     assert found.misses == {reason: 1} and not found.groups
 
 
-def test_dropout_is_a_reason(found):
+@pytest.mark.parametrize("arch, layers, quantized", [("llama", 2, False), ("gemma2", 1, False), ("llama", 1, True)])
+def test_dropout(arch, layers, quantized, found):
+    """The masks of the two `lora_linear`s that it stands for: one seed, one step."""
+    models = [(tiny_qlora if quantized else tiny_lora)(arch, layers=layers, dtype=torch.float32, lora_dropout=0.2) for _ in range(2)]
+    batch, apart = batch_for(models[0]), Rewriter(disable=["lora_mlp"])
+    wanted = contract.gradients(apart.compile(models[0]), batch, seed=5)
+    compiled = found.compile(models[1])
+    got, other = (contract.gradients(compiled, batch, seed=seed) for seed in (5, 6))
+    assert found.groups == mlps(layers) and not found.misses and got.keys() == wanted.keys()
+    for name, want in wanted.items():
+        torch.testing.assert_close(got[name], want, rtol=2e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert not torch.equal(other["loss"], got["loss"])
+
+
+@pytest.mark.parametrize("dropped, reason", [(("gate", "up"), None), (("down",), None), (("both", "down"), DROPOUT), (("other", "gate", "up"), DROPOUT)])
+def test_dropout_in_some(dropped, reason, found):
+    model = Halves() if "both" in dropped else Parallel() if "other" in dropped else Mlp()
+    model.dropped = dropped
+    x = torch.randn(4, 16)
+    gradients = contract.gradients(found.compile(model), {"x": x}, lambda y, batch: y.square().mean(), seed=1)
+    assert found.misses == ({reason: 1} if reason else {}) and len(found.groups) == (reason is None)
+    assert all(grad.isfinite().all() for grad in gradients.values())
+
+
+def test_dropout_in_several_adapters_of_down(found):
     model = tiny_lora(lora_dropout=0.1)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
     found.compile(model)(**batch_for(model)).loss.backward()
     assert found.misses == {DROPOUT: 1} and not found.groups
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastft.kernels import dropout as masks
 from fastft.kernels import gated, low_rank
 
 INTERPRETED = """
 import itertools, torch
-from fastft.kernels import gated
+from fastft.kernels import dropout, gated
 torch.manual_seed(0)
 half = torch.float16
 gated.STEPS, gated.STEPS_BACKWARD = 2, 3
@@ -29,6 +30,10 @@ for (m, n, (p, q, r)), activation in itertools.product(cases, gated.ACTIVATIONS)
     *grads, da = gated.launch_backward(*full, activation)
     assert da.shape == (-(-m // (3 * gated.BLOCK_M)), p, n) and da.dtype == torch.float32
     got, want = [*got, *grads, da.sum(0)[None]], [*want, *gated.reference_backward(*double(full), activation)]
+    for rate in (0.1, 0.5):
+        mask = (torch.randint(-(1 << 31), 1 << 31, (1, m), dtype=torch.int32), dropout.columns(n, g.device), rate)
+        *grads, da = gated.launch_backward(*full, activation, *mask)
+        got, want = [*got, *grads, da.sum(0)[None]], [*want, *gated.reference_backward(*double(full), activation, *mask)]
     for one, exact in zip(got, want, strict=True):
         assert one.shape == exact.shape and (one - exact).norm() / exact.norm() < 6e-4, (m, n, p, q, r, activation, (one - exact).norm() / exact.norm())
 """
@@ -48,18 +53,25 @@ def operands(m=6, n=10, ranks=(3, 1, 2), dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
+def mask(m=6, n=10, p=0.3):
+    """Seeds, columns and p, as `gated_backward` takes them."""
+    return torch.randint(-(1 << 31), 1 << 31, (1, m), dtype=torch.int32), masks.columns(n, torch.device("cpu")), p
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("activation", gated.ACTIVATIONS)
-def test_the_backward_is_autograds(activation):
+def test_the_backward_is_autograds(activation, dropout):
     dh, ds, a, *rest = operands()
+    seeds, columns, _ = mask()
+    drop = (lambda x: masks.dropped(x, seeds, 0, dropout)) if dropout else (lambda x: x)  # noqa: E731
     leaves = [*rest, ds, a]
     leaves = [leaf.requires_grad_() for leaf in leaves]
     *rest, ds, a = leaves
     h = gated.reference(*rest, activation)
-    d_gate, d_up, da = gated.reference_backward(dh, ds.detach(), a.detach(), *(t.detach() for t in rest), activation)
-    # y = h W with W such that dY W^T = dh + dS A
-    wanted = torch.autograd.grad(h, rest[:2], dh + (ds @ a).detach())
-    torch.testing.assert_close([d_gate, d_up], list(wanted))
-    torch.testing.assert_close(da[0], ds.detach().t() @ h.detach())
+    d_gate, d_up, da = gated.reference_backward(dh, ds.detach(), a.detach(), *(t.detach() for t in rest), activation, seeds, columns, dropout)
+    # y = h W + drop(h) A^T B^T with W and B such that dY W^T = dh and dY B = dS
+    y = (h * dh).sum() + (drop(h) @ a.t() * ds.detach()).sum()
+    torch.testing.assert_close([d_gate, d_up, da[0]], list(torch.autograd.grad(y, [*rest[:2], a])))
 
 
 def test_a_kernel_that_fails_is_replaced_by_the_reference(monkeypatch):
@@ -97,7 +109,8 @@ def test_flops_are_those_of_the_low_rank_products():
 def test_schemas_and_fakes(dtype):
     args = operands(dtype=dtype)
     torch.library.opcheck(gated.gated, (*args[3:], "gelu_tanh"), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(gated.gated_backward, (*args, "silu"), test_utils=("test_schema", "test_faketensor"))
+    for rest in ((), mask()):
+        torch.library.opcheck(gated.gated_backward, (*args, "silu", *rest), test_utils=("test_schema", "test_faketensor"))
 
 
 try:
@@ -113,14 +126,18 @@ BACKWARD = dict.fromkeys(("dh_ptr", "ds_ptr", "a_ptr", "dg_ptr", "du_ptr"), "*bf
 
 
 @pytest.mark.parametrize("activation", gated.ACTIVATIONS)
-@pytest.mark.parametrize("rank", [16, gated.MAX_RANK])
+@pytest.mark.parametrize("rank, dropout", [(16, 0.0), (gated.MAX_RANK, 0.0), (gated.MAX_RANK, 0.05)])
 @pytest.mark.parametrize("capability, memory", TARGETS)
-def test_compiles_without_spills_within_shared_memory(capability, memory, rank, activation):
+def test_compiles_without_spills_within_shared_memory(capability, memory, rank, dropout, activation):
     blocks = {"BLOCK_M": gated.BLOCK_M, "BLOCK_N": gated.BLOCK_N, "BLOCK_R": rank, "STAGES": gated.STAGES, "ACTIVATION": activation}
     blocks |= {"RANK_G": rank, "RANK_U": rank}
     for kernel, types, constants in (
         (gated.gated_kernel, FORWARD | {"h_ptr": "*bf16"}, {"STEPS": gated.STEPS}),
-        (gated.gated_backward_kernel, FORWARD | BACKWARD | {"da_ptr": "*fp32"}, {"STEPS": gated.STEPS_BACKWARD, "RANK_D": rank}),
+        (
+            gated.gated_backward_kernel,
+            FORWARD | BACKWARD | {"da_ptr": "*fp32", "seeds_ptr": "*i32", "columns_ptr": "*i32"},
+            {"STEPS": gated.STEPS_BACKWARD, "RANK_D": rank, "LIMIT": masks.limit(dropout), "SCALE": masks.scale(dropout)},
+        ),
     ):
         needs = resources(kernel, types, blocks | constants, capability, num_warps=gated.WARPS)
         assert needs["spilled"] == 0 and needs["shared"] <= memory, needs

@@ -119,6 +119,32 @@ def test_low_precision_is_as_exact_as_the_formula(base, adapters):
     assert result.ok, str(result)
 
 
+@pytest.mark.parametrize("providers", [("accumulate", "mm"), ("outer", "one_read")])
+@pytest.mark.parametrize("owner, dropout", [([0, 1, 2], (0.5, 0.2, 0.3)), ([0, 1, 2], (0.0, 0.4, 0.0)), ([0, 0, 1, 2], (0.1, 0.0, 0.3, 0.5))])
+def test_dropout_is_that_of_the_seeds(owner, dropout, providers):
+    rows, inner, width = 12, 24, 16
+    args = arguments([rows], width, inner, 8, [3] * len(owner), owner)
+    draw = lambda n: torch.randint(-(1 << 31), 1 << 31, (n, rows), dtype=torch.int32)  # noqa: E731
+    first, seeds, down_seeds = len(owner) - 1, draw(2), draw(1)
+
+    def by_hand(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, activation):
+        pick = lambda values: values[:first]  # noqa: E731
+        gate, up = linears(x, weights[:2], biases[:2], *map(pick, (lora_a, lora_b, lora_biases, owner, scaling, dropout)), seeds)
+        h = ACTIVATE[activation](gate) * up
+        last = [values[first:] for values in (lora_a, lora_b, lora_biases)]
+        return linears(h, weights[2:], biases[2:], *last, [0], scaling[first:], dropout[first:], down_seeds)
+
+    fused = lambda *args: [op(*args, *providers, list(dropout), seeds, down_seeds)]  # noqa: E731
+    close = {"rtol": 1e-5, "atol": 1e-5} if "one_read" in providers else {}  # which is float32
+    assert_close(run(fused, args), run(by_hand, args), **close)
+
+
+def test_dropout_in_several_adapters_of_down_is_refused():
+    args = arguments([4], 16, 24, 8, [2] * 4, [0, 1, 2, 2])
+    with pytest.raises(ValueError, match="several adapters of down"):
+        op(*args, "outer", "one_read", [0.0, 0.0, 0.1, 0.0], None, torch.zeros(1, 4, dtype=torch.int32))
+
+
 def test_a_trained_down_weight_is_refused():
     args = arguments([4], 16, 24, 8, [2, 2, 2], [0, 1, 2])
     args[1][2].requires_grad_()
