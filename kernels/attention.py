@@ -15,9 +15,9 @@ Sinks (gpt-oss, transformers/models/gpt_oss/modeling_gpt_oss.py) are one more lo
     out = out_without * exp(lse - logaddexp(lse, sink)) = out_without * sigmoid(lse - sink)
 exact in the gradients too, because FlexAttention differentiates its log-sum-exp.
 
-One layer at Llama-8B's shape, forward + backward on an H200, torch 2.11, ms (tools/results/2026-11-22-op-attention.json): causal 4 x 2048 cuDNN 1.14, flash
-1.95, the model's own mask 3.40; 30 % padding of 4 x 2048, its queries left out, flex 1.28, flash (varlen) 1.57, own mask 3.46; window 1024 of 8192 flex 1.53,
-varlen 1.99, own mask 12.4; documents in 8192 flex 0.88, varlen 1.00, own mask 12.4.
+One layer at Llama-8B's shape, forward + backward on an H200, torch 2.11, ms (tools/results/2026-11-23-op-attention*.json): causal 4 x 2048 cuDNN 1.13, flash
+1.94, the model's own mask 3.36; 30 % padding of 4 x 2048, its queries left out, flex 1.21, flash (varlen) 1.57, own mask 3.44; window 1024 of 8192 flex 1.52,
+varlen 1.98, own mask 12.3; documents in 8192 flex 0.85, varlen 0.99, own mask 12.3.
 """
 
 from typing import Any

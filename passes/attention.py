@@ -7,7 +7,7 @@
              y = fastft::attention(q, k, v, None, [padding], tiles, ..., "(kv <= q) & (t0[b, kv])", ..., "flex")
 
 A plain causal mask becomes `is_causal=True`, and repeated k and v become `enable_gqa=True`: the masked form made cuDNN compute the full square,
-3.0 times slower (1.137 against 3.395 ms at 4 x 2048, tools/results/2026-11-22-op-attention.json).
+3.0 times slower (1.131 against 3.357 ms at 4 x 2048, tools/results/2026-11-23-op-attention.json).
 
 Taken: the spellings in passes/attention_pattern.py with the masks of passes/attention_mask.py; inside checkpointed bodies too, with the tiles made outside.
 The row's provider names the kernel and the mask: "cudnn: causal", "flex: causal, window 1024, padding".

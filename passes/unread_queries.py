@@ -7,7 +7,7 @@
              tiles = fastft::block_mask([keys, queries], "(kv <= q) & (t0[b, kv] == t1[b, q])")
 
 eager computes what a padded query attends to, and so does `attention`: 30 % padding to 8192 costs 1.33 times what it needs
-(tools/results/2026-11-22-op-attention.json). Where every attention forbids the padded keys, such a query's row reaches nothing but its own logits: if its label
+(tools/results/2026-11-23-op-attention-long.json). Where every attention forbids the padded keys, such a query's row reaches nothing but its own logits: if its label
 is ignored, the loss and all gradients are the same without it. A padded query whose label counts (the last before the text, in a batch padded on the left;
 labels that were not set to -100) is computed as before, token by token, batch by batch. So is a whole row in which a query without any key is read (it weighs
 all values alike). What changes: the logits returned for padding, as with transformers' flash_attention_2.
