@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fastft import contract
 from fastft.kernels import dropout as masks
-from fastft.kernels import lora_linear, low_rank_dropout
+from fastft.kernels import gated, lora_linear, low_rank_dropout
 
 from .test_lora_linear import arguments, fused, run
 
@@ -146,7 +146,7 @@ def test_lora_linear_on_interpreted_kernels():
 
 
 def test_a_graph_saves_seeds_and_what_it_saves_without_dropout(lowered, monkeypatch):
-    """No masks, masked inputs or partial sums; the columns' part of the hash is made once for every width."""
+    """No masks, masked inputs or partial sums; the columns' part of the hash is made once for every width. Down's gradient comes out of `gated_backward`."""
     monkeypatch.setattr(lora_linear, "choose", lambda x, dtype, ranks: ("outer", "one_read"))
     monkeypatch.setattr(low_rank_dropout, "serves", lambda x, ranks: True)
     saved = []
@@ -161,13 +161,13 @@ def test_a_graph_saves_seeds_and_what_it_saves_without_dropout(lowered, monkeypa
         saved.append(collections.Counter((value.dtype, tuple(value.shape)) for value in values))
     more = saved[1] - saved[0]
     assert more.total() == 2 * 4 and {dtype for dtype, _ in more} == {torch.int32} and not saved[0] - saved[1]
-    for graph, used, unused in (
-        (forward, low_rank_dropout.dropped_mm, low_rank_dropout.dropped_grad),
-        (backward, low_rank_dropout.dropped_grad, low_rank_dropout.dropped_mm),
-    ):
-        calls = graph.graph.find_nodes(op="call_function", target=used)
-        assert len(calls) == 2 * 4 and not graph.graph.find_nodes(op="call_function", target=unused)
-        assert len({node.args[3] for node in calls}) == 2, "one for the hidden width, one for the MLP's"
+    mm, grad = low_rank_dropout.dropped_mm, low_rank_dropout.dropped_grad
+    for graph, groups, expected in ((forward, 4, {mm}), (backward, 3, {grad, gated.gated_backward})):
+        calls = [node for node in graph.graph.nodes if node.target in (mm, grad, gated.gated_backward)]
+        assert {node.target for node in calls} == expected
+        assert [node.target in (mm, grad) for node in calls].count(True) == 2 * groups and len(calls) == 2 * 4
+        columns = {node.args[10 if node.target is gated.gated_backward else 3] for node in calls}
+        assert len(columns) == 2, "one for the hidden width, one for the MLP's"
 
 
 def test_schemas_and_fakes():
