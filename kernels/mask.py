@@ -95,9 +95,9 @@ def block_mask(reads: list[Tensor], allowed: str, rows_of: int, q_len, kv_len, d
         int32, in FlexAttention's order: for each row of tiles, how many are partly allowed [batch, 1, tiles of q] and which
         [batch, 1, tiles of q, tiles of kv], the same for those wholly allowed, then all four by columns.
 
-    Four kernels of Inductor's, eight where the lengths are symbols, and copies. The first evaluates the text, and is what counts: 128 queries of one key are summed up, so
-    that what the text reads of the key is read once. With padding at 4 x 2048 that takes 6.4 instructions a pair of query and key on sm_90; all of a tile
-    in one sum took 32, because both places came from one index, and were clamped to lengths that are multiples of a tile.
+    Four kernels of Inductor's, eight where the lengths are symbols, and copies. The first evaluates the text, and is what counts: 128 queries of one key
+    are summed up, so that what the text reads of the key is read once. With padding at 4 x 2048 that takes 6.4 instructions a pair of query and key on
+    sm_90; all of a tile in one sum took 32, because both places came from one index, and were clamped to lengths that are multiples of a tile.
     """
     batch = reads[rows_of].shape[0] if rows_of >= 0 else 1
     rows, columns = (q_len + BLOCK - 1) // BLOCK, (kv_len + BLOCK - 1) // BLOCK
