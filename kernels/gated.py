@@ -90,14 +90,9 @@ def reference_backward(dh, ds, a, g, u, s, b_g, b_u, activation: str, seeds=None
     gate, up = _sum(g, s_g, b_g.t()), _sum(u, s_u, b_u.t())
     function, gradient = ACTIVATIONS[activation]
     act = function(gate)
-    seen = (act * up).to(g.dtype).to(act.dtype)
-    if dropout:
-        kept = masks.keep_mask(seeds, 0, dropout, a.shape[1])
-        low_rank = ds.to(act.dtype) @ a.to(act.dtype) * masks.scale(dropout)
-        dh, seen = dh.to(act.dtype) + torch.where(kept, low_rank, 0.0), torch.where(kept, seen * masks.scale(dropout), 0.0)
-    else:
-        dh = _sum(dh, ds, a)
-    da = ds.t().to(act.dtype) @ seen
+    ds, h = ds.to(act.dtype), (act * up).to(g.dtype).to(act.dtype)
+    dh = dh + masks.dropped(ds @ a.to(act.dtype), seeds, 0, dropout)
+    da = ds.t() @ masks.dropped(h, seeds, 0, dropout)
     return gradient(dh * up, gate).to(g.dtype), (dh * act).to(g.dtype), da[None]
 
 

@@ -52,7 +52,7 @@ def columns(spec: Spec) -> list[tuple[int, int]]:
 SAVED_PART = 32
 
 
-def saves(x: Tensor, ranks, dropout=()) -> bool:
+def saves(x: Tensor, ranks, dropout) -> bool:
     """What `Spec.saves_adapters` is for a group with these ranks on x (or on as many rows), [..., K]."""
     rows = math.prod(x.shape[:-1])
     return not any(dropout) and isinstance(rows, int) and sum(ranks) * SAVED_PART <= rows

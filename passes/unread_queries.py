@@ -191,7 +191,7 @@ def _with_everything_read(gm: GraphModule, read: Node, empty: Node) -> Node:
 
 
 def _leave_out(body: GraphModule, node: Node, padding: str, read: Node) -> None:
-    reads = [*map(origin, kernel.get(node, "reads"))]
+    reads = list(map(origin, kernel.get(node, "reads")))
     block_mask = origin(kernel.get(node, "blocks")[0]).args[0]  # behind the first list
     _, _, rows_of, *lengths, device = block_mask.args
     fake = value(read).fake_mode
