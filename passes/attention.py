@@ -11,8 +11,12 @@ A plain causal mask becomes `is_causal=True`, and repeated k and v become `enabl
 
 Taken: the spellings in passes/attention_pattern.py with the masks of passes/attention_mask.py; inside checkpointed bodies too, with the tiles made outside.
 The row's provider names the kernel and the mask: "cudnn: causal", "flex: causal, window 1024, padding".
+Under autocast q and k may be float32 beside v in 16 bits (rotated by float32 tables, in a model kept in float32): the op casts them, as SDPA and matmul do.
 Left, each with a Miss: the reasons in those two files, and below.
 """
+
+import functools
+from collections.abc import Callable
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -39,9 +43,9 @@ LAYOUT = ("view", "view_as", "as_strided")
 def attention(gm: GraphModule) -> list[Match | Miss]:
     if match.calls(gm):  # bodies are handled with the graph around them: what makes their masks is read once
         return []
-    reader = Reader()
+    reader, autocast = Reader(), functools.cache(match.autocast_dtypes)
     found = ((body, call) for body in match.graph_modules(gm) for call in find(body, reader))
-    return [call if isinstance(call, Miss) else _replace(body, call, reader) for body, call in found]
+    return [call if isinstance(call, Miss) else _replace(body, call, reader, autocast) for body, call in found]
 
 
 def _mask(call: Attention, reader: Reader) -> Mask | str:
@@ -50,13 +54,15 @@ def _mask(call: Attention, reader: Reader) -> Mask | str:
     return understand(reader, call.mask, value(call.k).shape[2])
 
 
-def _replace(gm: GraphModule, call: Attention, reader: Reader) -> Match | Miss:
+def _replace(gm: GraphModule, call: Attention, reader: Reader, autocast: Callable) -> Match | Miss:
     mask = _mask(call, reader)
     if isinstance(mask, str):
         return Miss(mask, call.node)
     q, k, v = value(call.q), value(call.k), value(call.v)
     if mask is not FULL and str(q.shape[2]) != str(k.shape[2]):
         return Miss(LENGTHS, call.node)
+    if dtype := autocast(gm, q.device.type)[call.node]:
+        q, k, v = (x.to(dtype) for x in (q, k, v))  # as the op does
     if not q.dtype == k.dtype == v.dtype:
         return Miss(DTYPES, call.node)
     if (

@@ -206,11 +206,11 @@ def _precision(node: Node) -> float:
 
 
 def _embeddings(gm: GraphModule) -> list[Miss]:
-    """peft's `Embedding.forward`: embedding(ids, A.T) @ B.T, added to the base embedding."""
+    """peft's `Embedding.forward`: embedding(ids, A.T) @ B.T, added to the base embedding. A table that is no transpose is the model's own."""
     misses = []
     for node in gm.graph.nodes:
-        if is_linear(node) or (node.op == "call_function" and node.target is operator.matmul):
+        if is_linear(node) or is_function(node, operator.matmul):
             inner, _ = _unscale(node.args[0])
-            if is_function(inner, torch.nn.functional.embedding) and any(is_function(user, operator.mul, operator.add) for user in node.users):
+            if is_function(inner, torch.nn.functional.embedding) and strip_casts(inner.args[1]).op.startswith("call"):
                 misses.append(Miss(EMBEDDING, inner))
     return misses

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils.checkpoint import checkpoint
 
 from fastft import contract
+from fastft.kernels import attention as kernel
 from fastft.passes.attention import DTYPES, LENGTHS
 from fastft.passes.attention_mask import FROM_MEMORY, HEADS, VALUES, WRITTEN
 from fastft.passes.attention_pattern import BIAS, FORM, READ_TWICE, SHAPE
@@ -304,3 +305,20 @@ def test_low_precision(name, how, provider):
     assert compared.ok, str(compared)
     if row is not None:
         assert {key.replace("flex", "math") for key in rewriter.providers} == {row.replace("/flex", "")}
+
+
+def test_autocast_casts_what_differs(provider, monkeypatch):
+    """A model kept in float32: its tables rotate q and k in float32, v comes out of a linear in 16 bits, and so do the scores."""
+    seen, choose = [], kernel.choose
+    monkeypatch.setattr(kernel, "choose", lambda q, v, *rest: seen.append((q.dtype, v.dtype)) or choose(q, v, *rest))
+    form = lambda q, k, v, pad: sdpa(q * 0.9, k, v @ torch.eye(D, dtype=v.dtype), padded(pad))  # noqa: E731
+    names, rewriter = list(inspect.signature(form).parameters), Rewriter(of="attention")
+    wanted = results(form, names)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = results(form, names, torch.float32)
+        found = results(torch.compile(form, backend=rewriter, fullgraph=True), names, torch.float32)
+    assert found["out0"].dtype == eager["out0"].dtype == torch.bfloat16
+    compared = contract.compare(found, eager, wanted, torch.bfloat16)
+    assert compared.ok, str(compared)
+    assert seen == [(torch.bfloat16, torch.bfloat16)]
+    assert rewriter.providers == {PADDED.replace("mask/" if provider == "flex" else "/flex", ""): 1} and not rewriter.misses

@@ -3,6 +3,7 @@
 import contextlib
 
 import pytest
+import tiny
 import torch
 from conftest import Rewriter, assert_same, batch_for, lora_modules, random_b, tiny_lora
 
@@ -179,6 +180,15 @@ def test_embedding_lora_is_named_and_trains_right(rewriter):
     assert rewriter.modules == ["model.layers.0.self_attn.q_proj"]
     assert rewriter.misses == {"adapter on an embedding": 1}
     assert [row.fqn for report in rewriter.reports for row in report.misses] == [["model.embed_tokens"]]
+
+
+def test_a_linear_of_the_embedding_is_no_adapter(rewriter):
+    """OLMo 2 has no norm before its attention; with float32 weights under autocast only a cast stands between."""
+    model = tiny.add_lora(tiny.tiny_model("olmo2", layers=1)).train()
+    model.config.use_cache = False
+    with torch.autocast("cpu", torch.bfloat16):
+        rewriter.compile(model)(**batch_for(model))
+    assert sorted(rewriter.sizes) == [1, 1, 2, 3] and not rewriter.misses
 
 
 def test_disabled_pass():
