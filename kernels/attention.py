@@ -31,7 +31,7 @@ from fastft import _torch
 from fastft.kernels import attention_sinks
 from fastft.kernels import mask as masks
 from fastft.kernels.accumulate import LIBRARY
-from fastft.kernels.low_rank import triton
+from fastft.kernels.low_rank import arithmetic, triton
 
 # Head dimensions that FlexAttention's kernels take.
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -55,11 +55,8 @@ def attention(q, k, v, mask, reads, blocks, empty, empty_blocks, sinks, allowed,
     Returns:
         [B, H, Q, E] in q's dtype (autocast's where that is on).
     """
-    device = q.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    with torch.autocast(device, enabled=False):
+    q, k, v = (x.to(arithmetic(x)) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
         if provider == "flex":
             return _flex(q, k, v, reads, blocks, empty, empty_blocks, sinks, allowed, scale, softcap)
         if provider in attention_sinks.KERNELS:

@@ -36,6 +36,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastft.kernels import cross_entropy, warmup
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.lora_adapters import RECOMPUTE
+from fastft.kernels.low_rank import arithmetic
 from fastft.kernels.valid_rows import TAGS, rows_on_host, valid_rows
 
 # Bytes of logits that exist at once: 4096 rows of 128k in 16 bits. Both GEMMs of 8192 rows take 23.2 ms at once and 24.2 in two chunks (H200); all of the
@@ -89,15 +90,13 @@ def linear_cross_entropy(
         IndexError: a label that is neither ignored nor in 0 .. V - 1, on the CPU; on GPUs an assertion on the device, as eager's.
     """
     _check(hidden, weight, labels, low_rank, lora_b, reduction, scale, label_smoothing)
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64 else hidden.dtype
     inputs = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, None if low_rank is None else low_rank.reshape(-1, low_rank.shape[-1]), lora_b)
     needs = tuple(tensor is not None and tensor.requires_grad and torch.is_grad_enabled() for tensor in inputs)
     flat = labels.reshape(-1)
     if order is None or count is None:
         order, count = valid_rows(flat, ignore_index)
-    spec = Spec(reduction, (scale, softcap, label_smoothing, z_loss), dtype, needs)
-    with torch.autocast(device, enabled=False):
+    spec = Spec(reduction, (scale, softcap, label_smoothing, z_loss), arithmetic(hidden), needs)
+    with torch.autocast(hidden.device.type, enabled=False):
         loss = _LinearCrossEntropy.apply(spec, flat, order, count, *inputs)
     return [loss.view(labels.shape) if reduction == "none" else loss]
 

@@ -55,7 +55,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling,
     Returns:
         [..., N_i] for every linear, in x's dtype (autocast's dtype where that is on).
     """
-    dtype = arithmetic(x)
+    dtype = low_rank.arithmetic(x)
     ranks = tuple(a.shape[0] for a in lora_a)
     spec = Spec(len(weights), ranks, tuple(owner), tuple(scaling), tuple(dropout), forward, backward, dtype, saves(x, ranks, dropout))
     if seeds is not None:
@@ -99,12 +99,6 @@ class _LoraLinear(torch.autograd.Function):
             rest = parameter_grads(spec, needs, tensors, x, grads, da, db)
             dx = input_grad(spec, seeds, ds, grads, weights, lora_a, tensors[-spec.linears :]) if needs_x else None
         return (None, None, None if dx is None else dx.to(ctx.x_dtype), *rest)
-
-
-def arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype that a linear on x computes in: autocast's where that is on, else x's."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.is_floating_point() else x.dtype
 
 
 def choose(x: Tensor, dtype: torch.dtype, ranks: list[int]) -> tuple[str, str]:

@@ -25,7 +25,6 @@ from fastft.kernels import dropout as masks
 from fastft.kernels import gated, low_rank
 from fastft.kernels.accumulate import LIBRARY
 from fastft.kernels.lora_adapters import Spec, b_of, bias_of, low_rank_input, recomputed, saves, split, stack
-from fastft.kernels.lora_linear import arithmetic
 from fastft.kernels.lora_products import added, input_grad, low_rank_a_grads, low_rank_grads, parameter_grads, scaled
 
 LIBRARY.define(
@@ -51,7 +50,7 @@ def lora_mlp(x, weights, biases, lora_a, lora_b, lora_biases, owner, scaling, ac
     if weights[2].requires_grad and torch.is_grad_enabled():
         raise ValueError("fastft::lora_mlp: down's base weight must be frozen; use two fastft::lora_linear")
     first = sum(linear < 2 for linear in owner)
-    dtype, ranks = arithmetic(x), tuple(a.shape[0] for a in lora_a)
+    dtype, ranks = low_rank.arithmetic(x), tuple(a.shape[0] for a in lora_a)
     dropout = tuple(dropout) or (0.0,) * len(ranks)
     if any(dropout[first:]) and len(ranks) > first + 1:
         raise ValueError("fastft::lora_mlp: dropout in one of several adapters of down; use two fastft::lora_linear")

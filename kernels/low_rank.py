@@ -190,6 +190,13 @@ def launch_dropout(s: Tensor, b: Tensor, seeds: Tensor, ranks: tuple[int, ...], 
     return out
 
 
+def arithmetic(x: Tensor) -> torch.dtype:
+    """The dtype that a product of x computes in: autocast's where that is on, which leaves float64 alone, else x's."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
+
+
 def runs(x: Tensor, dtype: torch.dtype) -> bool:
     """True where Triton kernels can do arithmetic in `dtype` on x, which may be fake: CUDA, 16 bit."""
     return triton is not None and x.is_cuda and dtype in (torch.bfloat16, torch.float16)

@@ -18,7 +18,7 @@ Left, each with a Miss: the reasons in those two files, and below.
 import functools
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, float64
 from torch.fx import GraphModule, Node
 
 from fastft import _torch, match
@@ -61,7 +61,8 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader, autocast: Callabl
     q, k, v = value(call.q), value(call.k), value(call.v)
     if mask is not FULL and str(q.shape[2]) != str(k.shape[2]):
         return Miss(LENGTHS, call.node)
-    if dtype := autocast(gm, q.device.type)[call.node]:
+    dtype = autocast(gm, q.device.type)[call.node]
+    if dtype and q.dtype != float64:
         q, k, v = (x.to(dtype) for x in (q, k, v))  # as the op does
     if not q.dtype == k.dtype == v.dtype:
         return Miss(DTYPES, call.node)

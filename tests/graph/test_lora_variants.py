@@ -7,6 +7,8 @@ import tiny
 import torch
 from conftest import Rewriter, assert_same, batch_for, lora_modules, random_b, tiny_lora
 
+from fastft import contract
+
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -180,6 +182,16 @@ def test_embedding_lora_is_named_and_trains_right(rewriter):
     assert rewriter.modules == ["model.layers.0.self_attn.q_proj"]
     assert rewriter.misses == {"adapter on an embedding": 1}
     assert [row.fqn for report in rewriter.reports for row in report.misses] == [["model.embed_tokens"]]
+
+
+def test_autocast_leaves_float64_alone():
+    model = tiny_lora(target_modules=["q_proj", "down_proj"]).double()
+    rewriter, batch = Rewriter(), batch_for(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, found = contract.gradients(model, batch), contract.gradients(rewriter.compile(model), batch)
+    torch.testing.assert_close(found, eager, rtol=1e-5, atol=1e-8)
+    rows = {row.pass_name for report in rewriter.reports for row in report.rewrites}
+    assert rows >= {"lora_linear", "attention", "linear_cross_entropy"}
 
 
 def test_a_linear_of_the_embedding_is_no_adapter(rewriter):
