@@ -9,11 +9,13 @@
 | `higher_order.flex_attention` | returns (out, log2-sum-exp, maxima) | same | same |
 | `BlockMask.as_tuple()` | 13 entries | 17 | 17 |
 | `graph_break_reasons` | a list of `GraphCompileReason` in `_dynamo.utils` | same | same |
+| `dynamo.config.ignore_logging_functions` | there, or as `ignore_logger_methods` | there | there |
 | `insert_deferred_runtime_asserts` | walks all modules of the graph for every node | no more | no more |
 """
 
 import functools
 import inspect
+import logging
 import math
 from collections.abc import Callable
 
@@ -32,6 +34,7 @@ from torch._inductor import list_mode_options
 from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch.autograd.graph import _engine_run_backward
 from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as no_dispatch_modes
@@ -67,6 +70,22 @@ def without_module_walks(insert: Callable) -> Callable:
 # Dynamo runs it before it calls a backend, but after looking the backend up, which imports this.
 if torch.__version__ < (2, 13):
     output_graph.insert_deferred_runtime_asserts = without_module_walks(output_graph.insert_deferred_runtime_asserts)
+
+
+def trace_past_log_once() -> None:
+    """Lets Dynamo trace past `logger.warning_once` and `info_once`, which transformers adds to `logging.Logger`, without running them.
+
+    Each is a graph break otherwise: models whose class names no loss (GPT-2, BERT) have one between lm_head and loss, gradient checkpointing with
+    `use_cache=True`, transformers' default, has one in every layer. PyTorch's own setting for that; it holds for the process.
+    """
+    config = torch._dynamo.config
+    ignored = config.ignore_logging_functions if hasattr(config, "ignore_logging_functions") else config.ignore_logger_methods
+    ignored |= {method for name in ("warning_once", "info_once") if (method := getattr(logging.Logger, name, None))}
+
+
+def run_backward(loss: torch.Tensor) -> None:
+    """`loss.backward()` of a scalar that no TorchFunctionMode sees: a mode is off within the calls that it sees."""
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def flex_attention(q, k, v, score_mod, mask_mod, blocks, block_size, scale, reads):

@@ -23,6 +23,8 @@ from fastft.options import Options
 from fastft.packing import pack_weights
 from fastft.runner import Snapshot, run_passes, set_strict_kernels, warn_dropped
 
+_torch.trace_past_log_once()  # PyTorch imports this module where it looks the backend up: before it traces, mostly after transformers was imported
+
 
 def fastft(
     gm: GraphModule,
@@ -46,6 +48,7 @@ def fastft(
         raise _torch.OptionError(str(error), first_useful_frame=None) from None
     if checked.strict:
         set_strict_kernels()
+    _torch.trace_past_log_once()
     start = time.perf_counter()
     original = Snapshot(gm)
     without: list[str] = []

@@ -37,7 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+
+from fastft._torch import run_backward, tree_map
 
 #: takes what the model returned and the batch, returns the scalar loss
 LossFn = Callable[[Any, Mapping[str, Any]], Tensor]
@@ -63,6 +64,9 @@ class _Float64(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _CASTS:
             return args[0].double()
+        if func is Tensor.backward:
+            with self:  # what checkpoints compute again
+                return run_backward(*args)
         if getattr(func, "__name__", "") == "_grouped_mm":  # has no float64 kernel
             return _grouped_mm(*args, **(kwargs or {}))
         args, kwargs = tree_map(lambda a: torch.float64 if isinstance(a, torch.dtype) and a in _LOW else a, (args, kwargs or {}))

@@ -5,6 +5,7 @@ canonical ops run eagerly, forward and backward, within milliseconds. The few te
 """
 
 import collections
+import contextlib
 import copy
 import logging
 import pathlib
@@ -20,9 +21,12 @@ sys.path[:] = [str(ROOT / "tools"), str(ROOT / "tests/ops"), *(entry for entry i
 
 import tiny  # noqa: E402
 import torch  # noqa: E402
+
+with contextlib.suppress(ImportError):
+    import transformers  # noqa: E402, F401 - before the backend, as in a user's script
 from torch import nn  # noqa: E402
 
-import fastft  # noqa: E402
+import fastft.backend  # noqa: E402
 from fastft import contract, match, passes  # noqa: E402
 from fastft.deferred import PLANS, defer  # noqa: E402
 from fastft.hooks import Partitioner, PassManager  # noqa: E402

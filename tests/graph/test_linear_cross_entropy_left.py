@@ -268,10 +268,11 @@ def test_no_labels():
 
 
 def test_graph_break_between_head_and_loss():
-    model = tiny.tiny_model("gpt2", layers=1, seq=16).train()
+    model = tiny.tiny_model("llama", layers=1, seq=16).train()
+    model.lm_head.register_forward_hook(lambda *_: torch._dynamo.graph_break())
     rewriter = Loss()
     assert_same_gradients(model, rewriter.compile(model), labelled(model))
-    assert not rewriter.calls and set(rewriter.misses) <= {head.INPUT}
+    assert not rewriter.calls and set(rewriter.misses) == {head.INPUT}
 
 
 @pytest.mark.parametrize("task", ["LlamaForSequenceClassification", "LlamaForTokenClassification"])
