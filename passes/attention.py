@@ -59,7 +59,7 @@ def _replace(gm: GraphModule, call: Attention, reader: Reader, autocast: Callabl
     if isinstance(mask, str):
         return Miss(mask, call.node)
     q, k, v = value(call.q), value(call.k), value(call.v)
-    if mask is not FULL and str(q.shape[2]) != str(k.shape[2]):
+    if mask.allowed and str(q.shape[2]) != str(k.shape[2]):
         return Miss(LENGTHS, call.node)
     dtype = autocast(gm, q.device.type)[call.node]
     if dtype and q.dtype != float64:

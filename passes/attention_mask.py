@@ -2,6 +2,7 @@
 
 causal                      kv <= q
 window 1024                 q - kv < 1024                          as transformers counts it: a query and the 1023 keys before it
+ahead 64                    kv - q <= 64                           with a window: ModernBERT's local attention
 chunk 8192                  q // 8192 == kv // 8192
 documents                   t0[b, q] == t0[b, kv]                  packed sequences
 padding                     t0[b, kv]
@@ -28,7 +29,7 @@ VALUES = "the mask adds numbers other than 0 and a very negative one"
 # From here down a number added to the scores leaves nothing of them. float16's least number does for scores below 16, half its spacing there.
 LEAST = {torch.float16: -65504.0}
 
-NAMES = {0: "kv", 1: "q", 3: "b"}
+NAMES = {0: "kv", 1: "q", 3: "b"}  # indices, from 0 on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,13 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
     if 2 in used:
         return HEADS
     parts = {part: kind for part in m.conjuncts(truth) if (kind := _kind(part, keys)) != ""}
+    if "causal" in parts.values():  # and so nothing ahead
+        parts = {part: kind for part, kind in parts.items() if not kind.startswith("ahead")}
     order = sorted(parts, key=lambda part: (_rank(parts[part]), parts[part], repr(part)))
     tensors: list[Node] = []
     text = " & ".join(f"({_text(part, tensors)})" if len(order) > 1 else _text(part, tensors) for part in order)
     kinds = ", ".join(dict.fromkeys(parts[part] for part in order))
-    # A causal query sees at least itself, as long as nothing but causality, windows, chunks and documents forbids it.
+    # A query sees at least itself, as long as nothing but causality, windows, chunks and documents forbids it.
     empty = any(parts[part] in ("padding", "other") for part in order)
     added = None if choice is None else choice.no
     by_row = [read.node for read in reads if read.indices[:1] == (m.index(3),) and str(value(read.node).shape[0]) == str(value(node).shape[0])]
@@ -93,17 +96,21 @@ def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
 
 
 def _rank(kind: str) -> int:
-    return [kind.startswith(name) for name in ("causal", "window", "chunk", "documents", "padding", "other")].index(True)
+    return [kind.startswith(name) for name in ("causal", "window", "ahead", "chunk", "documents", "padding", "other")].index(True)
 
 
 def _kind(part: Truth, keys: int) -> str:
-    """ "" where a window is at least as long as the sequence."""
+    """ "" for what always holds: a window at least as long as the sequence, 0 <= q (transformers' bidirectional masks)."""
     if isinstance(part, Compare):
         terms, constant = dict(part.form.terms), part.form.constant
+        if part.op == "le" and constant <= 0 and all(term in NAMES and factor < 0 for term, factor in terms.items()):
+            return ""
         if part.op == "le" and terms == {0: 1, 1: -1} and constant == 0:
             return "causal"
         if part.op == "le" and terms == {0: -1, 1: 1} and constant < 0:
             return f"window {1 - constant}" if not isinstance(keys, int) or 1 - constant < keys else ""
+        if part.op == "le" and terms == {0: 1, 1: -1} and constant < 0:
+            return f"ahead {-constant}" if not isinstance(keys, int) or 1 - constant < keys else ""
         if part.op == "eq" and constant == 0 and sorted(terms.values()) == [-1, 1]:
             one, two = terms
             if isinstance(one, Quotient) and isinstance(two, Quotient) and one.divisor == two.divisor and {one.value, two.value} == {m.index(0), m.index(1)}:

@@ -1,7 +1,7 @@
 """From the scores that a loss reads back to the head that makes them, for passes/linear_cross_entropy.py.
 
     scores = views, slices and transposes of rows; casts; a number times; softcap * tanh(/ softcap)     of
-    logits = linear(x, W, b), x @ W^T + b, or fastft::lora_linear of one linear
+    logits = linear(x, W, b), x @ W^T + b, or fastft::lora_linear of one linear                         b: [V], or [1, V] as BART adds it
 
 All of them but the numbers act on rows alone: `Chain.rows_of` does the same to x, which is as long but not as wide.
 """
@@ -233,10 +233,10 @@ def _head(node: Node) -> Head | str | None:
     """The head whose logits `node` holds; a reason where it is one that is not taken."""
     if is_function(node, operator.add):
         for inner, bias in (node.args, node.args[::-1]):
-            if not all(isinstance(item, Node) and isinstance(value(item), torch.Tensor) for item in (inner, bias)) or value(bias).dim() != 1:
+            if _dims(inner) is None or not _dims(bias) or tuple(value(bias).shape) != (*[1] * (_dims(bias) - 1), value(node).shape[-1]):
                 continue
             head = _head(inner)
-            if isinstance(head, Head) and head.bias is None and not head.adapters and value(bias).shape == value(node).shape[-1:] and len(inner.users) == 1:
+            if isinstance(head, Head) and head.bias is None and not head.adapters and len(inner.users) == 1:
                 return dataclasses.replace(head, node=node, bias=bias) if match.dtype(node) == match.dtype(inner) else NOT_LINEAR
         return None
     found = None

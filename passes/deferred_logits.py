@@ -112,7 +112,7 @@ def _recipe(chain: Chain, inputs: list[Node]) -> Graph:
     else:
         weight = as_head(head.weight, bring(head.weight))
         weight = graph.call_method("t", (weight,)) if head.transposed else weight
-        bias = None if head.bias is None else as_head(head.bias, bring(head.bias))
+        bias = None if head.bias is None else graph.call_method("reshape", (as_head(head.bias, bring(head.bias)), -1))
         logits = graph.call_function(torch.nn.functional.linear, (x, weight, bias))
     for kind, node in chain.steps:
         if kind == "cast":

@@ -64,7 +64,7 @@ def _take(gm: GraphModule, loss: Loss) -> Match | Miss:
     _replace(gm, loss)
     carry_out(gm, plans, head.x)
     match.erase_dead(loss.anchor)
-    return Match(kernel.op.name(), "chunked, logits deferred" if plans else "chunked, logits not returned", [head.node])
+    return Match(kernel.op.name(), "chunked, logits deferred" if plans else "chunked, logits not returned", [head.first])
 
 
 def _is_interrupted(head: Head, anchor: Node) -> bool:
@@ -112,6 +112,8 @@ def _replace(gm: GraphModule, loss: Loss) -> None:
         hidden = loss.chain.rows_of(cast(head.node, head.x, match.dtype(head.node)))
         weight = emit(head.node, "t", head.weight) if head.transposed else head.weight
         reduced, lora_b, bias = low_rank(head, hidden) if head.adapters else (None, None, head.bias)
+        if bias is not None and value(bias).dim() > 1:
+            bias = emit(head.node, "reshape", bias, -1)
         numbers = (loss.chain.scale, loss.chain.softcap, loss.label_smoothing, loss.z_loss)
         call = gm.graph.call_function(kernel.op, (hidden, weight, bias, labels, reduced, lora_b, *rows, loss.ignore_index, loss.reduction, *numbers))
         with value(head.node).fake_mode:

@@ -1,7 +1,7 @@
 """The operations that masks are built from, one small function each: the meaning of a node from the meanings of its inputs.
 
 arange, ones/zeros/full and their `new_`/`_like` forms, indexing (slices, None, and tensors for all dimensions), unsqueeze, squeeze, view and reshape
-that only move ones, expand, transpose, casts, comparisons, and/or/not, +, -, * and // with numbers, where, masked_fill, triu, tril.
+that only move ones, expand, transpose, casts, comparisons (also of abs), and/or/not, +, -, * and // with numbers, where, masked_fill, triu, tril.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from fastft.match import given, value
+from fastft.match import given, is_function, is_method, value
 from fastft.passes import mask_meaning as m
 from fastft.passes.mask_indexing import Unknown, getitem, moved, number, transpose
 from fastft.passes.mask_meaning import Choice, Linear, Meaning, Quotient, Truth
@@ -91,8 +91,7 @@ def _identity(reader: Reader, node: Node) -> Meaning:
 def _comparison(op: str) -> Callable[[Reader, Node], Meaning]:
     python = {"le": operator.le, "lt": operator.lt, "ge": operator.ge, "gt": operator.gt, "eq": operator.eq, "ne": operator.ne}[op]
 
-    def read(reader: Reader, node: Node) -> Meaning:
-        a, b = (reader.operand(x) for x in node.args[:2])
+    def compared(a: Meaning, b: Meaning) -> Truth:
         if isinstance(a, Choice) and isinstance(b, Linear) and not b.terms:
             b = Choice(True, float(b.constant), float(b.constant))
         if isinstance(a, Choice) and isinstance(b, Choice) and b.yes == b.no:
@@ -105,6 +104,15 @@ def _comparison(op: str) -> Callable[[Reader, Node], Meaning]:
             return equal if op == "eq" else m.negate(equal)
         forms = {"le": a.plus(b, -1), "lt": a.plus(b, -1).plus(one), "ge": b.plus(a, -1), "gt": b.plus(a, -1).plus(one)}
         return m.compare("le", forms[op])
+
+    def read(reader: Reader, node: Node) -> Meaning:
+        a, b = node.args[:2]
+        if not (is_function(a, abs, operator.abs, torch.abs) or is_method(a, "abs")) or op in ("eq", "ne"):
+            return compared(reader.operand(a), reader.operand(b))
+        inner, bound = reader.operand(a.args[0]), reader.operand(b)
+        if not isinstance(inner, Linear):
+            raise Unknown
+        return m.join("and" if op in ("le", "lt") else "or", [compared(inner, bound), compared(Linear().plus(inner, -1), bound)])
 
     return read
 

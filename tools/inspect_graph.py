@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import tiny  # noqa: E402
+import tiny_tasks  # noqa: E402
 import torch  # noqa: E402
 from rich.console import Console, Group  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -57,8 +58,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--arch", metavar="TYPE", help="a transformers causal-LM type, tiny and random: llama, qwen3_moe, ...")
+    source.add_argument("--arch", metavar="TYPE", help="a type that transformers registers, tiny and random: llama, qwen3_moe, ...")
     source.add_argument("--model", metavar="PATH", help="a saved transformers model")
+    add("--task", choices=tiny_tasks.TASKS, default="causal-lm", help="what the model is for (default: %(default)s)")
     add("--lora", nargs="?", const="linear", metavar="TARGETS", help="linear (the default), attention, all-linear, or module names")
     add("--rank", type=int, default=4)
     add("--dropout", type=float, default=0.0, help="LoRA dropout (default: %(default)s)")
@@ -74,7 +76,7 @@ def parse() -> argparse.Namespace:
     add("--json", action="store_true", help="print the JSON object instead of the tables")
     add("--html", type=Path, metavar="FILE", help="write the tables to FILE too")
     args = parser.parse_args()
-    types = tiny.causal_lm_types()
+    types = list(tiny_tasks.registered(args.task))
     if args.arch and args.arch not in types:
         near = difflib.get_close_matches(args.arch, types, n=3)
         parser.error(f"unknown type {args.arch!r}" + (f"; did you mean {', '.join(near)}?" if near else ""))
@@ -94,7 +96,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     dtype = DTYPES.get(args.dtype)
     if args.arch:
         dtype = dtype or (torch.bfloat16 if args.quant else torch.float32)
-        model = tiny.tiny_model(args.arch, layers=args.layers or 2, dtype=dtype, attn_implementation=args.attn, seq=args.seq)
+        model = tiny.tiny_model(args.arch, task=args.task, layers=args.layers or 2, dtype=dtype, attn_implementation=args.attn, seq=args.seq)
     else:
         model = load(args.model, dtype, args.attn, args.layers)
     model = model.to(args.device)
@@ -205,7 +207,7 @@ def main() -> None:
     args = parse()
     with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints
         model = build(args)
-        batch = tiny.tiny_batch(model.config, batch=args.batch, seq=args.seq)
+        batch = tiny_tasks.batch(model.config, args.task, tiny.tiny_batch(model.config, batch=args.batch, seq=args.seq))
         batch = {name: tensor.to(args.device) for name, tensor in batch.items()}
         reports, breaks, cache, seconds = inspect(model, batch, args)
     if args.json:

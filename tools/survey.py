@@ -1,6 +1,6 @@
-"""Every causal-LM type of transformers under a `torch.compile` backend: does it train, are its gradients right, is LoRA rewritten?
+"""Every type that transformers registers for a task under a `torch.compile` backend: does it train, are its gradients right, is LoRA rewritten?
 
-    python tools/survey.py --out survey.jsonl [--only llama,qwen3] [--jobs 2] [--backend inductor] [--markdown gaps.md]
+    python tools/survey.py --out survey.jsonl [--task masked-lm] [--batch padded] [--only llama,qwen3] [--jobs 2] [--backend inductor] [--markdown gaps.md]
 
 Each type is a tiny random model (tools/tiny.py) with LoRA on all its linears, trained for one step in fp32 on the CPU:
 eager, float64 (fastft/contract.py), then compiled. One JSON line a type; types already in --out are skipped, so an
@@ -26,7 +26,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,21 +37,34 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF
 PREFIX = "base_model.model."
 
 
-def survey_type(model_type: str, backend: str, seq: int = 32, save: Callable[[dict], Any] = id) -> dict[str, Any]:
+def survey_type(model_type: str, args: argparse.Namespace, save: Callable[[dict], Any]) -> dict[str, Any]:
     """The row of one type; whatever raises ends up in its `error`, with the stage in front. `save` gets it when eager is done."""
     import torch
     from fastft._torch import counters
 
     import tiny
+    import tiny_tasks
     from fastft import contract
 
-    row = {"type": model_type, "backend": backend, "built": False, "trains_eager": False, "trains_fastft": False, "graphs": 0}
+    row = {
+        "type": model_type,
+        "task": args.task,
+        "batch": args.batch,
+        "backend": args.backend,
+        "built": False,
+        "trains_eager": False,
+        "trains_fastft": False,
+        "graphs": 0,
+    }
     row |= {"graph_breaks": [], "lora_linears": 0, "lora_unused": 0, "rewritten": 0, "missed": [], "worst": None, "contract_ok": False}
     row |= {"seconds": 0.0, "error": None}
     started, stage = time.time(), "build"
     try:
-        model = tiny.add_lora(tiny.tiny_model(model_type, seq=seq)).train()
-        batch = tiny.tiny_batch(model.config, seq=seq)
+        model = tiny.add_lora(tiny.tiny_model(model_type, seq=args.seq, task=args.task)).train()
+        batch = tiny_tasks.batch(model.config, args.task, tiny.tiny_batch(model.config, seq=args.seq))
+        batch = getattr(tiny_tasks, args.batch)(batch) if args.batch in ("padded", "packed") else batch
+        if args.batch == "checkpointed":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         row["built"], stage = True, "eager"
         eager = contract.gradients(model, batch)
         if bad := [n for n, g in eager.items() if not g.isfinite().all()]:
@@ -65,10 +77,10 @@ def survey_type(model_type: str, backend: str, seq: int = 32, save: Callable[[di
         save(row)
         stage = "compile"
         counters.clear()
-        candidate = contract.gradients(torch.compile(model, backend=backend), batch)
+        candidate = contract.gradients(torch.compile(model, backend=args.backend), batch)
         row["trains_fastft"] = all(g.isfinite().all() for g in candidate.values())
         row |= {"graphs": counters["stats"]["unique_graphs"], "graph_breaks": sorted(_short(k) for k in counters["graph_break"])}
-        row |= {} if backend != "fastft" else _rewrites([n.removeprefix(PREFIX) for n in linears])
+        row |= {} if args.backend != "fastft" else _rewrites([n.removeprefix(PREFIX) for n in linears])
         stage = "compare"
         result = contract.compare(candidate, eager, reference, torch.float32)
         for runs in (4, 16):  # as contract.check does: one eager run alone is no proof
@@ -146,7 +158,7 @@ def _child(model_type: str, codegen: str, args: argparse.Namespace, answer: str,
     from fastft._torch import inductor_config
 
     inductor_config.fallback_by_default = codegen == "aten"
-    row = survey_type(model_type, args.backend, args.seq, lambda row: Path(answer + ".part").write_text(json.dumps(row)))
+    row = survey_type(model_type, args, lambda row: Path(answer + ".part").write_text(json.dumps(row)))
     Path(answer).write_text(json.dumps(row))
     os._exit(0)
 
@@ -194,64 +206,14 @@ def run_all(types: list[str], args: argparse.Namespace) -> None:
     bar.close()
 
 
-def gap(row: dict[str, Any]) -> tuple[str, str] | None:
-    """(what is missing, why) of a row, None where nothing is."""
-    if not row.get("trains_eager"):
-        return "does not train in eager", row["error"] or ""
-    if not row.get("trains_fastft") or not row.get("contract_ok"):
-        return "does not train compiled" if not row.get("trains_fastft") else "gradients outside the contract", row["error"] or "not finite"
-    if row.get("missed"):
-        reasons = Counter(m["reason"] for m in row["missed"])
-        return f"{len(row['missed'])} of {row['lora_linears']} LoRA linears not rewritten", "; ".join(f"{r} ({n})" for r, n in reasons.most_common())
-    return None
-
-
-def summary(rows: list[dict[str, Any]]) -> list[tuple[str, int, int]]:
-    """(what, count, out of)."""
-    eager = [r for r in rows if r.get("trains_eager")]
-    linears = sum(r["lora_linears"] for r in eager)
-    return [
-        ("types built", sum(bool(r.get("built")) for r in rows), len(rows)),
-        ("types that train in eager", len(eager), len(rows)),
-        ("of those, train compiled", sum(bool(r.get("trains_fastft")) for r in eager), len(eager)),
-        ("of those, with every gradient in the contract", sum(bool(r.get("contract_ok")) for r in eager), len(eager)),
-        ("of those, as one graph", sum(r.get("graphs") == 1 for r in eager), len(eager)),
-        ("LoRA linears rewritten", sum(r["rewritten"] for r in eager), linears),
-        ("types with every LoRA linear rewritten", sum(r["rewritten"] == r["lora_linears"] for r in eager), len(eager)),
-    ]
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    totals, gaps = (
-        Table("", "count", "of", "%", title=f"survey, {sum(r['seconds'] for r in rows) / max(len(rows), 1):.1f} s a type"),
-        Table("type", "missing", "why"),
-    )
-    for what, count, total in summary(rows):
-        totals.add_row(what, str(count), str(total), f"{100 * count / max(total, 1):.1f}")
-    for row in rows:
-        if found := gap(row):
-            gaps.add_row(row["type"], *found)
-    console = Console(markup=False)
-    console.print(totals)
-    console.print(gaps)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """What is missing, with reasons."""
-    lines = ["| | count | of | % |", "|---|---|---|---|"]
-    lines += [f"| {what} | {count} | {total} | {100 * count / max(total, 1):.1f} |" for what, count, total in summary(rows)]
-    lines += ["", "| type | missing | why |", "|---|---|---|"]
-    lines += [f"| {row['type']} | {found[0]} | {found[1].replace('|', '/')} |" for row in rows if (found := gap(row))]
-    breaks = [f"| {row['type']} | {row['graphs']} | {'; '.join(row['graph_breaks']).replace('|', '/')} |" for row in rows if row.get("graphs", 1) > 1]
-    return "\n".join(lines + ["", "| type | graphs | breaks |", "|---|---|---|"] + breaks) + "\n"
-
-
 def main() -> None:
+    import survey_report
+    import tiny_tasks
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="survey.jsonl", help="JSON lines, appended to")
+    parser.add_argument("--task", choices=tiny_tasks.TASKS, default="causal-lm")
+    parser.add_argument("--batch", choices=("plain", "padded", "packed", "checkpointed"), default="plain", help="other tasks' texts are padded anyway")
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--redo", action="store_true", help="also types that --out already holds")
     parser.add_argument("--jobs", type=int, default=1)
@@ -266,20 +228,19 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = args.cache
 
-    import tiny
-
-    wanted = args.only.split(",") if args.only else tiny.causal_lm_types()
-    if unknown := set(wanted) - set(tiny.causal_lm_types()):
-        parser.error(f"no causal-LM type: {', '.join(sorted(unknown))}")
+    types = list(tiny_tasks.registered(args.task))
+    wanted = args.only.split(",") if args.only else types
+    if unknown := set(wanted) - set(types):
+        parser.error(f"no type of {args.task}: {', '.join(sorted(unknown))}")
     have = {r["type"]: r for r in _read(args.out)}
     todo = [] if args.report else [t for t in wanted if args.redo or t not in have]
     if todo:
         warm_up(args.backend, args.codegen)
         run_all(todo, args)
     rows = [r for t, r in sorted({r["type"]: r for r in _read(args.out)}.items()) if t in wanted]
-    show(rows)
+    survey_report.show(rows)
     if args.markdown:
-        Path(args.markdown).write_text(markdown(rows))
+        Path(args.markdown).write_text(survey_report.markdown(rows))
 
 
 def _read(path: str) -> list[dict[str, Any]]:

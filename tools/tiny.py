@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import tiny_tasks
 import torch
 from tiny_quantize import quantize  # noqa: F401 - part of the recipe, in a file of its own
 from torch import nn
@@ -76,7 +77,7 @@ DEPTH = (
 ).split()
 LENGTH = "max_position_embeddings n_positions n_ctx max_seq_len context_length max_target_positions".split()
 #: probabilities of anything random in training
-RANDOM = ("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_p", "jitter_noise", "jitter_eps", "drop_rate")
+RANDOM = ("dropout", "pdrop", "layerdrop", "dropout_prob", "dropout_p", "dropout_rate", "jitter_noise", "jitter_eps", "drop_rate")
 DECODERS = {"is_decoder": True, "use_cache": False}
 
 #: fields that some configs leave at None although their model needs them
@@ -119,13 +120,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {"attention_hidden_size": 128, "num_hidden_layers": lambda layers, seq: max(layers, 3)}  # ties two layers
     | {"layers_block_type": lambda layers, seq: ["linear_attention"] + ["hybrid"] * (max(layers, 3) - 1)},
 }
-
-
-def causal_lm_types() -> list[str]:
-    """Every model type registered for causal language modelling, sorted."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def _cut(values: list, layers: int) -> list:
@@ -177,36 +171,27 @@ def _small(cls: type, layers: int, seq: int, overrides: dict[str, Any]) -> dict[
     return out | {k: v for k, v in overrides.items() if k not in subs}
 
 
-def _model_class(model_type: str) -> type:
-    """The class that transformers registers: for a multimodal type it may be the language model alone."""
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
-
-
-def tiny_config(model_type: str, *, layers: int = 2, seq: int = 64, attn_implementation: str | None = None) -> PreTrainedConfig:
+def tiny_config(model_type: str, *, layers: int = 2, seq: int = 64, attn_implementation: str | None = None, task: str = "causal-lm") -> PreTrainedConfig:
     """A config of `model_type` with the recipe's sizes, dropout off, no cache; Zamba and Nemotron-H need 3 and 4 layers at least."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[model_type]
     config = cls(**_small(cls, layers, seq, OVERRIDES.get(model_type, {})))
-    wanted = _model_class(model_type).config_class
+    wanted = tiny_tasks.model_class(model_type, task).config_class
     for name in config.sub_configs:  # the language model of a larger one
         if not isinstance(config, wanted) and isinstance(inner := getattr(config, name), wanted):
             config = inner
     if attn_implementation is not None:
         config._attn_implementation = attn_implementation
+    tiny_tasks.complete(config, task)
     return config
 
 
-def tiny_model(
-    model_type: str, *, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, attn_implementation: str | None = None, seq: int = 64
-) -> PreTrainedModel:
-    """A tiny model of `model_type` with seeded random weights, in the mode its constructor leaves it in."""
-    config = tiny_config(model_type, layers=layers, seq=seq, attn_implementation=attn_implementation)
+def tiny_model(model_type: str, *, dtype: torch.dtype = torch.float32, seed: int = 0, task: str = "causal-lm", **options) -> PreTrainedModel:
+    """A tiny model of `model_type` with seeded random weights, in the mode its constructor leaves it in; options: tiny_config's."""
+    config = tiny_config(model_type, task=task, **options)
     torch.manual_seed(seed)
-    model = _model_class(model_type)._from_config(config, dtype=dtype)
+    model = tiny_tasks.model_class(model_type, task)._from_config(config, dtype=dtype)
     with torch.no_grad():  # biases of 0, norms of 1, gates of 0 would hide terms of the forward and the backward
         for parameter in model.parameters():
             if parameter.is_floating_point() and (parameter == parameter.flatten()[0]).all():

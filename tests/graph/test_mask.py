@@ -99,7 +99,7 @@ SPELLINGS = [
     ("causal, window 4 +additive", lambda: torch.where(torch.tril(ones(), -4), LEAST, torch.triu(torch.full((S, S), LEAST), 1))),  # Gemma 2's first
     ("causal, window 4 +additive", lambda: torch.full((S, S), INF).triu(1) + torch.full((S, S), INF).tril(-4)),
     ("window 4", lambda: ar() > q() - 4),
-    ("window 4, other +may_be_empty", lambda: (ar() > q() - 4) & (ar() < q() + 4)),
+    ("window 4, ahead 3", lambda: (ar() > q() - 4) & (ar() < q() + 4)),
     ("causal, chunk 6", lambda: causal() & (q() // 6 == ar() // 6)),
     ("chunk 6", lambda: torch.floor_divide(ar()[None], 6) == ar()[:, None] // 6),
     ("other +may_be_empty", lambda: ar() // 3 <= q() // 3),
@@ -118,6 +118,13 @@ SPELLINGS = [
     ("causal, " + PADDING, lambda pad: causal()[None, None].masked_fill(~keys(pad), 0)),
     ("causal, " + ADDED, lambda pad: (1.0 - keys(pad).float()) * LEAST + torch.triu(torch.full((S, S), LEAST), 1)),
     ("causal, " + ADDED, lambda ints: torch.triu(torch.full((S, S), LEAST), 1).masked_fill(keys(ints) == 0, LEAST)),
+    ("window 5, ahead 4", lambda: abs(q() - ar()) <= 4),  # ModernBERT
+    ("causal, window 4", lambda: (torch.abs(ar() - q()) < 4) & causal()),
+    ("window 5, ahead 4, " + PADDING, lambda pad: ~((ar() - q()).abs() > 4) & keys(pad)),
+    ("full", lambda: (q() - ar()).abs() < S),
+    (PADDING, lambda pad: (q() >= 0) & keys(pad)),  # transformers' bidirectional masks
+    ("full", lambda: (q() >= 0) & ones()),
+    ("other +may_be_empty", lambda: (q() >= 1) & ones()),
     ("documents +per_row", lambda seg: equal(seg)),
     ("causal, documents +per_row", lambda seg: (torch.eq(seg[:, :, None], seg[:, None, :]) & torch.tril(ones()))[:, None]),
     ("causal, documents", lambda seg: causal() & (seg[0] == seg[0][:, None])),
