@@ -22,7 +22,7 @@ class Small(nn.Module):
         self.other = nn.Linear(K, V, bias=False)
         self.temperature, self.vector = nn.Parameter(torch.tensor(1.5)), nn.Parameter(torch.randn(V))
         self.a, self.b = nn.Parameter(torch.randn(2, K) / 4), nn.Parameter(torch.randn(V, 2) / 4)
-        self.table = nn.Parameter(torch.randn(K, V) / 4)
+        self.table, self.row = nn.Parameter(torch.randn(K, V) / 4), nn.Parameter(torch.randn(1, V))
         self.loss = loss
         self.to(dtype)
 
@@ -129,6 +129,7 @@ TAKEN = {
     "bias": (lambda m, x, y: flat(m.head(x), y), {"bias": True}, {}),
     "matmul": (lambda m, x, y: flat(x @ m.head.weight.T, y), {}, {}),
     "matmul and bias": (lambda m, x, y: flat(torch.matmul(x, m.head.weight.t()) + m.vector, y), {}, {}),
+    "bias of one row": (lambda m, x, y: flat(m.row + m.head(x), y), {}, {}),  # BART's final_logits_bias
     "weight [K, V]": (lambda m, x, y: flat(x @ m.table, y), {}, {}),
     "tied": (lambda m, x, y: flat(F.linear(x, m.embed.weight), y), {}, {}),
     "float32 head": (lambda m, x, y: flat(F.linear(x.float(), m.head.weight.float()), y), {"dtype": torch.bfloat16}, {}),
@@ -176,6 +177,7 @@ RETURNED = {
     "a cast of its own": lambda m, x, y: (flat((logits := m.head(x) * 0.5).float(), y), logits.float()),
     "shifted loss": lambda m, x, y: (F.cross_entropy((logits := m.head(x))[:, :-1].mT, y[:, 1:]), logits),
     "weight [K, V]": lambda m, x, y: (flat(logits := x @ m.table + m.vector, y), logits),
+    "bias of one row": lambda m, x, y: (flat(logits := m.head(x) + m.row, y), logits),
     "hidden state too": lambda m, x, y: (flat(logits := m.head(x), y), logits, x),
     "contiguous": lambda m, x, y: (flat(logits := m.head(x), y), logits.contiguous()[:]),
     "detached head": lambda m, x, y: (flat(logits := F.linear(x, m.head.weight.detach()), y), logits),
