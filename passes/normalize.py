@@ -2,7 +2,7 @@
 
     before                                          after
     F.linear(x, w, b)                               torch._C._nn.linear(x, w, b)
-    x @ w.t(), torch.matmul(x, w.T), x.matmul(...)  torch._C._nn.linear(x, w)          w a 2-D graph input
+    x @ w.t(), torch.matmul(x, w.T), x.matmul(...)  torch._C._nn.linear(x, w)          w a 2-D graph input, also transposed around a checkpoint
     torch.addmm(b, x, w)                            torch._C._nn.linear(x, w.t(), b)   b 1-D (transformers' Conv1D)
     torch.add(a, b), a.add(b), operator.iadd        operator.add(a, b)                 likewise mul; iadd only on fresh results
     F.dropout(x, p, False), F.dropout(x, 0.0)       x
@@ -82,10 +82,21 @@ def _transposed(node: object) -> Node | None:
     return inner if _is_input(inner) and match.value(inner).dim() == 2 else None
 
 
+def _turned(gm: GraphModule, weight: Node, reader: Node) -> Node:
+    """`weight.t()`, in front of `reader`."""
+    with gm.graph.inserting_before(reader):
+        turned = gm.graph.call_method("t", (weight,))
+    turned.meta = {**reader.meta, "example_value": match.value(weight).t()}
+    return turned
+
+
 def _matmul(gm: GraphModule, node: Node) -> bool:
     if node.target not in _MATMUL or len(node.args) != 2 or node.kwargs:
         return False
-    weight = _transposed(node.args[1])
+    other = node.args[1]
+    weight = _transposed(other)
+    if weight is None and _is_input(other) and _transposed(match.origin(other)):  # Dynamo transposes a checkpoint's weights outside of its body
+        weight = _turned(gm, other, node)
     if weight is None or not isinstance(match.value(node.args[0]), torch.Tensor) or match.value(node.args[0]).dim() < 2:
         return False
     node.op, node.target = "call_function", torch._C._nn.linear
@@ -99,10 +110,7 @@ def _addmm(gm: GraphModule, node: Node) -> bool:
     bias, x, weight = node.args
     if not (_is_input(bias) and _is_input(weight)) or match.value(bias).dim() != 1:
         return False
-    with gm.graph.inserting_before(node):
-        turned = gm.graph.call_method("t", (weight,))
-    turned.meta = {**node.meta, "example_value": match.value(weight).t()}
-    node.target, node.args = torch._C._nn.linear, (x, turned, bias)
+    node.target, node.args = torch._C._nn.linear, (x, _turned(gm, weight, node), bias)
     return True
 
 
