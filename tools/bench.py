@@ -61,7 +61,7 @@ TOLERANCE = 0.01  # of the first step's loss and gradient norm against the refer
 console = Console(width=None if sys.stdout.isatty() else 190)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="llama8b")
@@ -93,7 +93,7 @@ def parse() -> argparse.Namespace:
     add("--op", choices=OPS, help="one operation instead of a whole model")
     add("--hidden", type=int, choices=(4096, 2048), default=4096, help="with --op lora_linear or linear_cross_entropy: as in Llama-8B or Llama-1B")
     add("--tokens", type=int, default=8192, help="with the same (default: %(default)s; lora_linear: in sequences of --seq or 2048)")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     unknown = [name for name in args.systems.split(",") if name not in BUILDERS]
     if unknown:
         parser.error(f"unknown systems {unknown}: choose from {', '.join(BUILDERS)}")
