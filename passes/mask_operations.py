@@ -107,7 +107,7 @@ def _comparison(op: str) -> Callable[[Reader, Node], Meaning]:
 
     def read(reader: Reader, node: Node) -> Meaning:
         a, b = node.args[:2]
-        if not (is_function(a, abs, operator.abs, torch.abs) or is_method(a, "abs")) or op in ("eq", "ne"):
+        if not (is_function(a, abs, operator.abs, torch.abs) or is_method(a, "abs", "__abs__")) or op in ("eq", "ne"):
             return compared(reader.operand(a), reader.operand(b))
         inner, bound = reader.operand(a.args[0]), reader.operand(b)
         if not isinstance(inner, Linear):
