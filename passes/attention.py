@@ -51,7 +51,8 @@ def attention(gm: GraphModule) -> list[Match | Miss]:
 def _mask(call: Attention, reader: Reader) -> Mask | str:
     if call.mask is None:
         return CAUSAL if call.causal else FULL
-    return understand(reader, call.mask, value(call.k).shape[2])
+    queries, keys = value(call.q).shape[2], value(call.k).shape[2]
+    return understand(reader, call.mask, keys if str(queries) == str(keys) else None)
 
 
 def _replace(gm: GraphModule, call: Attention, reader: Reader, autocast: Callable) -> Match | Miss:

@@ -54,8 +54,11 @@ FULL = Mask("full", "", ())
 CAUSAL = Mask("causal", "kv <= q", ())
 
 
-def understand(reader: Reader, node: Node, keys: int) -> Mask | str:
-    """The Mask behind a node of shape [B or 1, heads or 1, q, kv], or why it stays what it is. keys: kv, which a window at least as long does not bound."""
+def understand(reader: Reader, node: Node, keys: int | None) -> Mask | str:
+    """The Mask behind a node of shape [B or 1, heads or 1, q, kv], or why it stays what it is.
+
+    keys: kv, which a window at least as long does not bound; None where the number of queries is another.
+    """
     try:
         meaning = reader.read(node)
         choice = additive(meaning)
@@ -99,7 +102,7 @@ def _rank(kind: str) -> int:
     return [kind.startswith(name) for name in ("causal", "window", "ahead", "chunk", "documents", "padding", "other")].index(True)
 
 
-def _kind(part: Truth, keys: int) -> str:
+def _kind(part: Truth, keys: int | None) -> str:
     """ "" for what always holds: a window at least as long as the sequence, 0 <= q (transformers' bidirectional masks)."""
     if isinstance(part, Compare):
         terms, constant = dict(part.form.terms), part.form.constant

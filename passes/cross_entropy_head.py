@@ -236,7 +236,7 @@ def _head(node: Node) -> Head | str | None:
             if _dims(inner) is None or not _dims(bias) or tuple(value(bias).shape) != (*[1] * (_dims(bias) - 1), value(node).shape[-1]):
                 continue
             head = _head(inner)
-            if isinstance(head, Head) and head.bias is None and not head.adapters and len(inner.users) == 1:
+            if isinstance(head, Head) and head.bias is None and not head.adapters and value(inner).shape == value(node).shape and len(inner.users) == 1:
                 return dataclasses.replace(head, node=node, bias=bias) if match.dtype(node) == match.dtype(inner) else NOT_LINEAR
         return None
     found = None

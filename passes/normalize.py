@@ -93,14 +93,16 @@ def _turned(gm: GraphModule, weight: Node, reader: Node) -> Node:
 def _matmul(gm: GraphModule, node: Node) -> bool:
     if node.target not in _MATMUL or len(node.args) != 2 or node.kwargs:
         return False
-    other = node.args[1]
+    x, other = node.args
+    if not isinstance(x, Node) or not isinstance(match.value(x), torch.Tensor) or match.value(x).dim() < 2:
+        return False
     weight = _transposed(other)
     if weight is None and _is_input(other) and _transposed(match.origin(other)):  # Dynamo transposes a checkpoint's weights outside of its body
         weight = _turned(gm, other, node)
-    if weight is None or not isinstance(match.value(node.args[0]), torch.Tensor) or match.value(node.args[0]).dim() < 2:
+    if weight is None:
         return False
     node.op, node.target = "call_function", torch._C._nn.linear
-    node.args = (node.args[0], weight, None)
+    node.args = (x, weight, None)
     return True
 
 

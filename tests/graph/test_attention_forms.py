@@ -152,6 +152,7 @@ FORMS = {
     "heads in another layout": (lambda q, k, v: sdpa(*(x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2), FULL),
     # left
     "causal, other length": (lambda q, k_long, v_long: sdpa(q, k_long, v_long, is_causal=True), LENGTHS),
+    "window, more queries": (lambda q, k_long: sdpa(k_long, q, q, torch.arange(28)[:, None] - torch.arange(S) < S), LENGTHS),
     "padding, other length": (lambda q, k_long, v_long, pad: sdpa(k_long, q, q, keys(pad)), LENGTHS),
     "3-D sdpa": (lambda q, k, v: sdpa(q[:, 0], k[:, 0], v[:, 0]), SHAPE),
     "3-D": (lambda q, k, v: torch.softmax(q[0] @ k[0].mT, -1) @ v[0], SHAPE),

@@ -120,6 +120,7 @@ MISSES = {
     "tokens as classes": (lambda m, x, y: F.cross_entropy(m.head(x), torch.arange(B * V).view(B, V) % S), head.NOT_LINEAR),
     "nll of plain scores": (lambda m, x, y: F.nll_loss(m.head(x).view(-1, V), y.view(-1)), head.NOT_LINEAR),
     "scaled log_softmax": (lambda m, x, y: F.nll_loss((2.0 * m.head(x).log_softmax(-1)).view(-1, V), y.view(-1)), head.NOT_LINEAR),
+    "bias that adds a dimension": (lambda m, x, y: flat(m.head(x) + m.vector.view(1, 1, 1, V), y), head.NOT_LINEAR),
     "part of the vocabulary": (lambda m, x, y: F.cross_entropy(m.head(x)[..., : V - 1].reshape(-1, V - 1), y.view(-1).clamp(max=V - 2)), head.CUT),
     "an input": (lambda m, x, y: flat(m.scores, y) + x.sum(), head.INPUT),
     "in place": (lambda m, x, y: flat(m.head(x).div_(2.0), y), head.INTERRUPTED),
