@@ -171,7 +171,9 @@ __all__ = [
     "min_cut_rematerialization_partition",
     "no_dispatch_modes",
     "no_torch_function",
+    "run_backward",
     "sdpa_backend",
+    "trace_past_log_once",
     "tree_map",
     "without_module_walks",
 ]

@@ -82,6 +82,7 @@ def explain(model: nn.Module | Callable, *args: Any, options: Mapping[str, Any] 
         reports.append(row)
         return _keeping_nothing(gm.forward)
 
+    _torch.trace_past_log_once()  # as where the backend is looked up
     start = time.perf_counter()
     with _untouched(model), graph_breaks() as breaks:
         _torch.isolated_compile(model, capture)(*args, **inputs)

@@ -7,6 +7,8 @@ import tiny
 import torch
 from conftest import Rewriter, assert_same, batch_for
 
+import fastft
+
 
 def test_a_class_that_names_no_loss():
     """transformers says so once, between lm_head and loss."""
@@ -22,6 +24,12 @@ def test_checkpointing_with_a_cache():
     model.config.use_cache = True
     assert_same(model, rewriter.compile(model, fullgraph=True), batch_for(model))
     assert len(rewriter.groups) == 2
+
+
+def test_explain_traces_past_them_too(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "ignore_logging_functions", set())
+    model = tiny.tiny_model("gpt2", layers=1).train()
+    assert len(fastft.explain(model, **batch_for(model)).graphs) == 1
 
 
 def test_other_messages_still_break():
