@@ -194,7 +194,7 @@ def run_all(types: list[str], args: argparse.Namespace) -> None:
                 last = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
                 why = f"time limit of {args.timeout} s" if late else f"process ended with {process.exitcode}: {' '.join(last)[:200]}"
                 part = Path(f"{answer}.part")  # there if eager went through
-                row = json.loads(part.read_text()) if part.exists() else {"type": name, "backend": args.backend}
+                row = json.loads(part.read_text()) if part.exists() else {"type": name, "task": args.task, "batch": args.batch, "backend": args.backend}
                 row |= {"error": why, "seconds": round(time.time() - started, 1)}
             if codegen == "aten" and args.backend != "aot_eager" and row.get("trains_eager", True) and not row.get("contract_ok"):
                 waiting.append((name, "cpp"))
@@ -232,19 +232,23 @@ def main() -> None:
     wanted = args.only.split(",") if args.only else types
     if unknown := set(wanted) - set(types):
         parser.error(f"no type of {args.task}: {', '.join(sorted(unknown))}")
-    have = {r["type"]: r for r in _read(args.out)}
+    if args.task != "causal-lm" and args.batch in ("padded", "packed"):
+        parser.error("--batch padded and packed are of causal-lm: the texts of other tasks are padded anyway")
+    have = {r["type"]: r for r in _read(args)}
     todo = [] if args.report else [t for t in wanted if args.redo or t not in have]
     if todo:
         warm_up(args.backend, args.codegen)
         run_all(todo, args)
-    rows = [r for t, r in sorted({r["type"]: r for r in _read(args.out)}.items()) if t in wanted]
+    rows = [r for t, r in sorted({r["type"]: r for r in _read(args)}.items()) if t in wanted]
     survey_report.show(rows)
     if args.markdown:
         Path(args.markdown).write_text(survey_report.markdown(rows))
 
 
-def _read(path: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+def _read(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows of --out that are of this task and batch."""
+    rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()] if Path(args.out).exists() else []
+    return [row for row in rows if (row["task"], row["batch"]) == (args.task, args.batch)]
 
 
 if __name__ == "__main__":
