@@ -161,6 +161,7 @@ def test_taken(case):
     (call,) = rewriter.calls
     assert {name: getattr(call, name) for name in expected} == expected
     assert call.order is not None and call.count is not None
+    assert call.bias is None or call.bias.meta["example_value"].dim() == 1
     targets = {node.target for node in rewriter.graphs[0].graph.nodes}
     assert not targets & {F.cross_entropy, F.nll_loss, F.log_softmax, torch.logsumexp, "gather", "logsumexp"}
     assert not any(v.dim() > 1 and v.shape[-1] == V for node in made(rewriter) if isinstance(v := node.meta.get("example_value"), torch.Tensor))
